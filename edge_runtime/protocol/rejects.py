@@ -19,26 +19,44 @@ class Reject(Enum):
     TOO_LARGE = _Row(2, "a length is above the bound of its kind", "check the plan and the sender's software")
     WRONG_FEDERATION = _Row(3, "the message belongs to another federation", "check the device's enrolment")
     WRONG_TOPIC = _Row(4, "the topic does not belong to the sender or the kind", "check the broker's ACLs")
-    UNKNOWN_DEVICE = _Row(5, "no certificate of this device has been seen", "enrol the device, or let it check in")
+    UNKNOWN_DEVICE = _Row(
+        5, "no certificate of this device has been seen", "enrol the device, or let it check in"
+    )
     BAD_SIGNATURE = _Row(6, "the signature does not verify", "check the keys; the message may be forged")
     BAD_CERTIFICATE = _Row(7, "the certificate is not signed by the root, or not for this use", "enrol again")
-    BAD_SEAL = _Row(8, "the sealed body cannot be opened", "check the manifest's key and the sender's software")
-    BAD_DIGEST = _Row(9, "the content does not have the digest it was announced with", "fetch or send it again")
+    BAD_SEAL = _Row(
+        8, "the sealed body cannot be opened", "check the manifest's key and the sender's software"
+    )
+    BAD_DIGEST = _Row(
+        9, "the content does not have the digest it was announced with", "fetch or send it again"
+    )
     REPLAYED = _Row(10, "the sequence number has been seen before", "a replay or a cloned state folder")
     WRONG_ROUND = _Row(11, "the round is not the open one", "wait for the next manifest")
     WRONG_GENERATION = _Row(12, "the generation is not the current one", "wait for the next manifest")
-    WRONG_MANIFEST = _Row(13, "the message speaks about another manifest of this round", "fetch the manifest again")
+    WRONG_MANIFEST = _Row(
+        13, "the message speaks about another manifest of this round", "fetch the manifest again"
+    )
     NOT_SELECTED = _Row(14, "the device is not in the cohort of this round", "wait to be selected")
-    CONFLICTING = _Row(15, "another update of this device for this round is stored", "check for a cloned state folder")
-    WRONG_SIZE = _Row(16, "the vector does not have the parameter count of the manifest", "fetch the artifact again")
+    CONFLICTING = _Row(
+        15, "another update of this device for this round is stored", "check for a cloned state folder"
+    )
+    WRONG_SIZE = _Row(
+        16, "the vector does not have the parameter count of the manifest", "fetch the artifact again"
+    )
     NOT_FINITE = _Row(17, "the vector holds NaN or infinity", "lower the learning rate; check the local data")
-    OUT_OF_RANGE = _Row(18, "a value is outside the bounds of the plan", "lower the learning rate; check the data")
+    OUT_OF_RANGE = _Row(
+        18, "a value is outside the bounds of the plan", "lower the learning rate; check the data"
+    )
     UNKNOWN_CODEC = _Row(19, "the codec is not one the plan accepts", "update the sender's software")
     BAD_ENCODING = _Row(20, "the encoded vector does not decode", "update the sender's software")
-    BAD_TOKEN = _Row(21, "the enrolment token is unknown or its secret is wrong", "ask the operator for a new token")
+    BAD_TOKEN = _Row(
+        21, "the enrolment token is unknown or its secret is wrong", "ask the operator for a new token"
+    )
     TOKEN_USED = _Row(22, "the enrolment token was used by another key", "ask the operator for a new token")
     TOKEN_EXPIRED = _Row(23, "the enrolment token has expired", "ask the operator for a new token")
-    NAME_TAKEN = _Row(24, "another key is enrolled under this device name", "choose another name, or revoke the old key")
+    NAME_TAKEN = _Row(
+        24, "another key is enrolled under this device name", "choose another name, or revoke the old key"
+    )
     UNKNOWN_BLOB = _Row(25, "no such content is offered", "wait for the next manifest")
     UNEXPECTED_KIND = _Row(26, "this kind of message is not accepted here", "check the sender's software")
 

@@ -115,12 +115,6 @@ class Fetch(_message.Message):
     chunks: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, digest: _Optional[bytes] = ..., wave: bool = ..., want_index: bool = ..., chunks: _Optional[_Iterable[int]] = ...) -> None: ...
 
-class SealedUpdate(_message.Message):
-    __slots__ = ("sealed",)
-    SEALED_FIELD_NUMBER: _ClassVar[int]
-    sealed: bytes
-    def __init__(self, sealed: _Optional[bytes] = ...) -> None: ...
-
 class Update(_message.Message):
     __slots__ = ("samples", "steps", "loss_first", "loss_last", "codec", "delta")
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -168,18 +162,16 @@ class EnrolAnswer(_message.Message):
     def __init__(self, reject: _Optional[int] = ..., certificate: _Optional[bytes] = ..., request_digest: _Optional[bytes] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("verdict", "reject", "update_digest", "counted_samples", "missing")
+    __slots__ = ("verdict", "reject", "update_digest", "counted_samples")
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     REJECT_FIELD_NUMBER: _ClassVar[int]
     UPDATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     COUNTED_SAMPLES_FIELD_NUMBER: _ClassVar[int]
-    MISSING_FIELD_NUMBER: _ClassVar[int]
     verdict: int
     reject: int
     update_digest: bytes
     counted_samples: int
-    missing: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, verdict: _Optional[int] = ..., reject: _Optional[int] = ..., update_digest: _Optional[bytes] = ..., counted_samples: _Optional[int] = ..., missing: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, verdict: _Optional[int] = ..., reject: _Optional[int] = ..., update_digest: _Optional[bytes] = ..., counted_samples: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("digest", "is_index", "index", "content")
