@@ -52,7 +52,10 @@ class Cohort:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The open round. Its digest, the SHA-256 of the received bytes, binds every message of the round."""
+    """The open round. Its digest, the SHA-256 of the received bytes, binds every message of the round.
+
+    ``cohort`` and ``sealing_key`` (the round's X25519 public key, 32 bytes) are there only while collecting.
+    """
 
     federation: FederationId
     round_id: RoundId
@@ -62,11 +65,11 @@ class Manifest:
     plan: Plan
     model: BlobRef
     artifact: BlobRef
-    cohort: BlobRef
-    sealing_key: bytes
     chunk_bytes: int
     certificate: bytes
     parameter_count: int
+    cohort: BlobRef | None = None
+    sealing_key: bytes = b""
 
     def encode(self) -> bytes:
         def ref(blob: BlobRef) -> wire.BlobRef:
@@ -82,7 +85,7 @@ class Manifest:
             plan=self.plan.to_wire(),
             model=ref(self.model),
             artifact=ref(self.artifact),
-            cohort=ref(self.cohort),
+            cohort=ref(self.cohort) if self.cohort else None,
             sealing_key=self.sealing_key,
             chunk_bytes=self.chunk_bytes,
             certificate=self.certificate,
@@ -98,18 +101,19 @@ class Manifest:
                 digest=digest(blob.digest), size=within(f"{what}.size", blob.size, 1, 4 * MAX_PARAMETERS)
             )
 
-        within("state", m.state, 1, len(FederationState))
+        state = FederationState(within("state", m.state, 1, len(FederationState)))
+        collecting = state is FederationState.COLLECTING
         return cls(
             federation=federation_id(m.federation),
             round_id=RoundId(m.generation, m.round),
-            state=FederationState(m.state),
+            state=state,
             base_version=m.base_version,
             deadline_unix_ms=m.deadline_unix_ms,
             plan=Plan.from_wire(m.plan),
             model=ref("model", m.model),
             artifact=ref("artifact", m.artifact),
-            cohort=ref("cohort", m.cohort),
-            sealing_key=key_bytes("sealing_key", m.sealing_key),
+            cohort=ref("cohort", m.cohort) if collecting else None,
+            sealing_key=key_bytes("sealing_key", m.sealing_key) if collecting else b"",
             chunk_bytes=within("chunk_bytes", m.chunk_bytes, 8 * 1024, 16 * 1024 * 1024),
             certificate=m.certificate,
             parameter_count=within("parameter_count", m.parameter_count, 1, MAX_PARAMETERS),

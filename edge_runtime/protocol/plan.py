@@ -44,7 +44,7 @@ class Plan:
             (-1 <= self.beta <= 8, "beta must be -1..8"),
             (1 <= self.sample_cap <= 1 << 40, "sample_cap must be at least 1"),
             (0 < self.max_abs_delta <= 1e6, "max_abs_delta must be above 0 and at most 1e6"),
-            (0 <= self.scale_bits <= 62, "scale_bits must be 0..62"),
+            (0 <= self.scale_bits <= 60, "scale_bits must be 0..60"),
             (len(self.codecs) > 0, "codecs must name at least one codec"),
         )
         return next((text for holds, text in checks if not holds), None)

@@ -43,5 +43,6 @@ class Outcome(Enum):
 class FederationState(Enum):
     """What a manifest announces; the value is the wire code."""
 
-    COLLECTING = 1
-    FINISHED = 2
+    WAITING = 1  # no round is open yet: check in
+    COLLECTING = 2
+    FINISHED = 3

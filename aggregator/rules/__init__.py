@@ -1,0 +1,1 @@
+"""How accepted updates become the next model."""

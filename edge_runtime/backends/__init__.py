@@ -1,0 +1,1 @@
+"""Who runs the graphs of an artifact on this machine."""

@@ -1,0 +1,103 @@
+"""What a backend must do: run an artifact's graphs. A new one is one more parameter of the contract tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.protocol.artifact import Artifact
+from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.tensors import Vector
+
+Array = npt.NDArray[Any]
+
+
+class BackendError(FleetgradError):
+    """The runtime is missing or too old, or cannot run this artifact."""
+
+
+class BatchError(FleetgradError):
+    """A batch whose names, shapes or dtypes are not those of the artifact's manifest."""
+
+
+class StepResult(NamedTuple):
+    """``loss``: mean over the batch before the step; ``grad_norm``: L2 norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+class Evaluation(NamedTuple):
+    """``loss``: mean over the batch; ``outputs``: one array per output of the manifest, batch first."""
+
+    loss: float
+    outputs: tuple[Array, ...]
+
+
+class TrainingSession(Protocol):
+    """One model in training: holds theta, momentum and the gradient accumulator, float32 of shape (d,) each.
+
+    ``inputs`` and ``target`` are C-contiguous arrays, batch first, with the dtypes and shapes of the
+    manifest; any batch size from 1. Rates are finite and not negative; ``max_grad_norm`` 0: no clipping.
+    Every method raises BatchError for a batch that does not fit, BackendError when the runtime fails.
+    """
+
+    def start(self, theta: Vector) -> None:
+        """Begins at ``theta``, copied; momentum and accumulator are zero. Raises TensorError."""
+
+    def step(
+        self, inputs: Sequence[Array], target: Array, *, learning_rate: float, momentum: float, max_grad_norm: float
+    ) -> StepResult:
+        """One step of SGD on one batch."""
+
+    def accumulate(self, inputs: Sequence[Array], target: Array, *, scale: float) -> float:
+        """Adds ``scale`` times the gradient of one micro-batch to the accumulator; returns ``scale`` * loss.
+
+        With scale = micro-batch size / batch size the sum over a batch is the batch's gradient and loss.
+        """
+
+    def apply(self, *, learning_rate: float, momentum: float, max_grad_norm: float) -> float:
+        """One step of SGD on the accumulated gradient, which is then zero; returns its norm before clipping."""
+
+    def theta(self) -> Vector:
+        """A copy of the current parameters."""
+
+    def evaluate(self, theta: Vector, inputs: Sequence[Array], target: Array) -> Evaluation:
+        """Loss and outputs at ``theta``; the training state is not touched."""
+
+    def infer(self, theta: Vector, inputs: Sequence[Array]) -> tuple[Array, ...]:
+        """Outputs at ``theta``."""
+
+
+class Backend(Protocol):
+    """A runtime by name."""
+
+    name: str
+
+    def load(self, artifact: Artifact, *, threads: int = 1) -> TrainingSession:
+        """A session with its own state. One thread: the same bytes in give the same bytes out.
+
+        Raises BackendError, saying what to install or update.
+        """
+
+
+def check_batch(artifact: Artifact, inputs: Sequence[Array], target: Array | None) -> None:
+    """Raises BatchError unless the arrays have the manifest's dtypes, shapes and one common batch size."""
+    manifest = artifact.manifest
+    if len(inputs) != len(manifest.inputs):
+        raise BatchError(f"the model takes {len(manifest.inputs)} inputs, not {len(inputs)}")
+    pairs = list(zip(manifest.inputs, inputs, strict=True))
+    batch = inputs[0].shape[0] if inputs[0].ndim else 0
+    if target is not None:
+        pairs.append((manifest.target, target))
+    for spec, array in pairs:
+        if array.dtype != np.dtype(spec.dtype) or array.shape != (batch, *spec.shape) or batch < 1:
+            raise BatchError(
+                f"{spec.name!r} is {array.dtype} of shape {array.shape}; the model takes {spec.dtype} of "
+                f"({', '.join(['batch', *map(str, spec.shape)])}) with one batch size of at least 1 for all"
+            )
+        if not array.flags.c_contiguous:
+            raise BatchError(f"{spec.name!r} is not C-contiguous; pass a copy in C order")

@@ -1,0 +1,166 @@
+"""What ``device.toml`` says. ``deploy/device.toml`` is the commented sample; a test parses it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from edge_runtime.data import DataSource, NpzFile, PythonFunction
+from edge_runtime.protocol.messages import MAX_TTL_S, Telemetry
+from edge_runtime.settings import BadSetting, load, require
+
+PYTHON_PREFIX = "python:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrokerConfig:
+    """``url`` None: the enrolment token brings it. Files are PEM; ``password_file`` holds the password alone."""
+
+    url: str | None = None
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    username: str | None = None
+    password_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.url is not None:
+            _check_broker_url(self.url)
+            tls = self.ca_file or self.cert_file or self.key_file
+            require(
+                tls is None or self.url.startswith("mqtts:"),
+                "url",
+                self.url,
+                "ca_file, cert_file and key_file need mqtts://",
+            )
+        require(
+            (self.cert_file is None) == (self.key_file is None),
+            "cert_file" if self.key_file is None else "key_file",
+            None if self.key_file is None else self.key_file,
+            "cert_file and key_file come together",
+        )
+        require(
+            self.password_file is None or self.username is not None,
+            "username",
+            None,
+            "a password needs a username (MQTT 3.1.1)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """``inputs``, ``target``: names of the arrays in an ``.npz``, the inputs in the order of the model's."""
+
+    source: DataSource
+    inputs: tuple[str, ...] = ("x",)
+    target: str = "y"
+    max_size_mb: int = 1024
+
+    def __post_init__(self) -> None:
+        require(len(self.inputs) > 0, "inputs", None, "name at least one array")
+        names = (*self.inputs, self.target)
+        require(
+            len(set(names)) == len(names), "inputs", list(names), "inputs and target must be different arrays"
+        )
+        require(1 <= self.max_size_mb <= 1 << 20, "max_size_mb", self.max_size_mb, "1 to 1048576")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    """``max_memory_mb`` None: what the machine has."""
+
+    threads: int = 1
+    max_memory_mb: int | None = None
+
+    def __post_init__(self) -> None:
+        require(1 <= self.threads <= 256, "threads", self.threads, "1 to 256")
+        require(
+            self.max_memory_mb is None or 64 <= self.max_memory_mb <= 1 << 24,
+            "max_memory_mb",
+            self.max_memory_mb,
+            "64 to 16777216",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """``seed_file``: 32 bytes, or 64 hex digits, for the batch order; None: made once, kept in the state."""
+
+    seed_file: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelemetryConfig:
+    """One switch for each field of ``protocol.messages.Telemetry``."""
+
+    train_s: bool = True
+    steps: bool = True
+    samples: bool = True
+    peak_memory_bytes: bool = True
+    bytes_up: bool = True
+    bytes_down: bool = True
+    temperature_c: bool = True
+    resends: bool = True
+
+    def permitted(self, telemetry: Telemetry) -> Telemetry:
+        """The same with every field that is switched off at 0."""
+        off = {f.name: 0 for f in dataclasses.fields(self) if not getattr(self, f.name)}
+        return dataclasses.replace(telemetry, **off)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckinConfig:
+    """``ttl_s``: seconds for which this device expects to stay available after a check-in."""
+
+    ttl_s: int = 3600
+
+    def __post_init__(self) -> None:
+        require(1 <= self.ttl_s <= MAX_TTL_S, "ttl_s", self.ttl_s, f"1 to {MAX_TTL_S}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """``state_folder``: keys, journal and outbox; of one device of one federation, never copied."""
+
+    state_folder: Path
+    data: DataConfig
+    broker: BrokerConfig = field(default_factory=BrokerConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    checkin: CheckinConfig = field(default_factory=CheckinConfig)
+
+
+def load_device_config(path: Path) -> DeviceConfig:
+    """``device.toml`` as a DeviceConfig. Raises ConfigError (``settings.load``)."""
+    return load(path, DeviceConfig, {DataSource: _read_source})
+
+
+def _read_source(value: object, folder: Path) -> DataSource:
+    if not isinstance(value, str):
+        raise BadSetting("", str(value)[:80], 'expected text: "data.npz" or "python:module:function"')
+    if value.startswith(PYTHON_PREFIX):
+        module, _, function = value.removeprefix(PYTHON_PREFIX).partition(":")
+        if not all(part.isidentifier() for part in module.split(".")) or not function.isidentifier():
+            raise BadSetting(
+                "", f'"{value[:80]}"', "expected python:module:function, such as python:sensors:load"
+            )
+        return PythonFunction(module, function, folder)
+    if not value.endswith(".npz") or "\0" in value:
+        raise BadSetting("", f'"{value[:80]}"', "expected a file.npz or python:module:function")
+    return NpzFile(folder / Path(value).expanduser())
+
+
+def _check_broker_url(url: str) -> None:
+    allowed = "mqtt://host[:port] or mqtts://host[:port]"
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise BadSetting("url", "not a URL", allowed) from None
+    if "@" in url:  # before anything that repeats the URL
+        raise BadSetting("url", "a URL with a user in it", "use username and password_file")
+    well_formed = parts.scheme in ("mqtt", "mqtts") and host and parts.path in ("", "/") and port != 0
+    require(bool(well_formed and not parts.query and not parts.fragment), "url", url, allowed)

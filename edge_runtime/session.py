@@ -1,0 +1,351 @@
+"""The device in a federation as (state, event) -> effects. Pure: time, randomness and storage are arguments.
+
+``handle(now, event)`` returns effects that the shell runs in order. ``Remember`` and ``Journal`` must be durable
+before the effects behind them run: a device killed anywhere sends identical bytes or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from edge_runtime.blob_fetch import BlobFetch
+from edge_runtime.protocol import certificates, topics
+from edge_runtime.protocol.crypto.keys import SealingPublicKey, VerifyKey
+from edge_runtime.protocol.crypto.provider import CryptoProvider
+from edge_runtime.protocol.envelope import Header, pack, seal_context, unpack
+from edge_runtime.protocol.errors import LocalProtocolError, RemoteProtocolError
+from edge_runtime.protocol.identities import AggregatorCertificate
+from edge_runtime.protocol.ids import Digest, RoundId, sha256
+from edge_runtime.protocol.kinds import Kind
+from edge_runtime.protocol.manifest import BlobRef, Cohort, Manifest
+from edge_runtime.protocol.messages import CheckIn, Chunk, Receipt
+from edge_runtime.protocol.rejects import Reject
+from edge_runtime.protocol.rounds import FederationState
+from edge_runtime.session_values import (
+    Capability,
+    Connected,
+    Disconnected,
+    Effect,
+    Event,
+    FederationFinished,
+    Identity,
+    Journal,
+    KeepArtifact,
+    Pending,
+    Received,
+    Refused,
+    Remember,
+    Send,
+    Settle,
+    StopTraining,
+    Subscribe,
+    Tick,
+    Train,
+    Trained,
+    TrainingFailed,
+    Unsubscribe,
+    Work,
+)
+
+RESEND_BASE_S = 2.0
+RESEND_CAP_S = 60.0
+FETCH_RETRY_S = 2.0
+
+
+@dataclass(kw_only=True)
+class Session:
+    """``next_sequence``: numbers never given before, also across restarts. ``entropy``: n random bytes.
+
+    ``pending`` and ``settled`` come from the journal after a restart; ``artifacts``: digests in the cache.
+    """
+
+    identity: Identity
+    provider: CryptoProvider
+    capability: Callable[[], Capability]
+    next_sequence: Callable[[], int]
+    entropy: Callable[[int], bytes]
+    highest_round: RoundId = field(default_factory=lambda: RoundId(0, 0))
+    settled: RoundId = field(default_factory=lambda: RoundId(0, 0))
+    pending: Pending | None = None
+    artifacts: set[Digest] = field(default_factory=set)
+
+    online: bool = field(default=False, init=False)
+    work: Work = field(default=Work.IDLE, init=False)
+    manifest: Manifest | None = field(default=None, init=False)
+    resends: int = field(default=0, init=False)
+    _manifest_digest: Digest | None = field(default=None, init=False)
+    _certificate: AggregatorCertificate | None = field(default=None, init=False)
+    _fetches: dict[Digest, BlobFetch] = field(default_factory=dict, init=False)
+    _blobs: dict[Digest, bytes] = field(default_factory=dict, init=False)
+    _send_at: float = field(default=0.0, init=False)
+    _sent: int = field(default=0, init=False)
+    _checkin_at: float = field(default=0.0, init=False)
+
+    # ---- the one entrance ---------------------------------------------------------------------------
+
+    def handle(self, now: float, event: Event) -> list[Effect]:
+        """Effects in order. Raises LocalProtocolError for an event that our own shell must not send now."""
+        effects: list[Effect] = []
+        match event:
+            case Connected():
+                self.online = True
+                # What the broker may have lost with the connection is said again, soon but not all at once.
+                self._send_at = now + (0.0 if self._sent == 0 else self._jitter(RESEND_BASE_S))
+                for fetch in self._fetches.values():
+                    fetch.next_ask_at = now
+                if not event.session_present:
+                    self._checkin_at = now
+            case Disconnected():
+                self.online = False
+            case Received():
+                try:
+                    self._receive(now, event, effects)
+                except RemoteProtocolError as error:
+                    effects.append(Refused(error.reject, error.detail))
+            case Trained():
+                self._trained(now, event, effects)
+            case TrainingFailed():
+                if self.work is Work.TRAINING and self._current_round() == event.round_id:
+                    self.work = Work.IDLE
+                    effects.append(Settle(event.round_id, None))
+                    self.settled = event.round_id
+                    self._checkin_at = now
+            case Tick():
+                pass
+        self._due(now, effects)
+        return effects
+
+    def wake_at(self) -> float | None:
+        """When a Tick is wanted at the latest; None while offline."""
+        if not self.online:
+            return None
+        times = [fetch.next_ask_at for fetch in self._fetches.values()]
+        if self.pending:
+            times.append(self._send_at)
+        elif self._may_check_in():
+            times.append(self._checkin_at)
+        return min(times, default=None)
+
+    # ---- what is due --------------------------------------------------------------------------------
+
+    def _due(self, now: float, effects: list[Effect]) -> None:
+        if not self.online:
+            return
+        if self.pending and now >= self._send_at:
+            self._sent += 1
+            self.resends += self._sent > 1
+            self._send_at = now + RESEND_BASE_S / 2 + self._jitter(RESEND_BASE_S * 2 ** min(self._sent, 5))
+            effects += [Send(topic, payload) for topic, payload in self.pending.messages]
+        for fetch in self._fetches.values():
+            if now >= fetch.next_ask_at:
+                fetch.next_ask_at = now + FETCH_RETRY_S + self._jitter(FETCH_RETRY_S)
+                effects.append(self._message(Kind.FETCH, fetch.ask().encode()))
+        if not self.pending and self._may_check_in() and now >= self._checkin_at:
+            self._check_in(now, effects)
+
+    def _may_check_in(self) -> bool:
+        manifest = self.manifest
+        return (
+            self.work is Work.IDLE and manifest is not None and manifest.state is not FederationState.FINISHED
+        )
+
+    def _check_in(self, now: float, effects: list[Effect]) -> None:
+        capability = self.capability()
+        body = CheckIn(certificate=self.identity.certificate, **capability.__dict__)
+        self._checkin_at = now + capability.ttl_s * 0.4 + self._jitter(capability.ttl_s * 0.2)
+        effects.append(self._sealed_to_aggregator(Kind.CHECKIN, body.encode()))
+
+    def _jitter(self, cap_s: float) -> float:
+        """Full jitter: uniform in [0, cap), the cap bounded (Brooker, Exponential Backoff And Jitter, 2015)."""
+        return min(cap_s, RESEND_CAP_S) * int.from_bytes(self.entropy(4), "little") / 2**32
+
+    # ---- what arrives -------------------------------------------------------------------------------
+
+    def _receive(self, now: float, event: Received, effects: list[Effect]) -> None:
+        if event.topic == topics.manifest(self.identity.federation):
+            self._take_manifest(now, event.payload, effects)
+            return
+        envelope = unpack(event.payload, self.identity.federation, Kind.RECEIPT, Kind.CHUNK)
+        if envelope.header.kind is Kind.RECEIPT:
+            self._take_receipt(now, event.payload, effects)
+        else:
+            chunk = Chunk.decode(envelope.body)
+            fetch = self._fetches.get(chunk.digest)
+            if fetch is not None and fetch.take(chunk):
+                fetch.next_ask_at = now + FETCH_RETRY_S + self._jitter(FETCH_RETRY_S)
+                if (content := fetch.content()) is not None:
+                    del self._fetches[fetch.digest]
+                    effects.append(Unsubscribe(topics.all_pieces(self.identity.federation, fetch.digest)))
+                    self._blobs[fetch.digest] = content
+                    self._advance(now, effects)
+
+    def _take_manifest(self, now: float, payload: bytes, effects: list[Effect]) -> None:
+        identity = self.identity
+        envelope = unpack(payload, identity.federation, Kind.MANIFEST)
+        manifest = Manifest.decode(envelope.body)
+        certificate = certificates.check_aggregator(
+            self.provider, identity.root, manifest.certificate, identity.federation, manifest.round_id
+        )
+        self.provider.verify(VerifyKey(certificate.signing_key), envelope.signed_bytes(), envelope.signature)
+        if (manifest.federation, manifest.round_id) != (identity.federation, envelope.header.round_id):
+            raise RemoteProtocolError(Reject.WRONG_ROUND, "manifest and its header speak of different rounds")
+        digest = sha256(envelope.body)
+        if digest == self._manifest_digest:
+            return
+        if manifest.round_id < self.highest_round:
+            raise RemoteProtocolError(
+                Reject.WRONG_ROUND, f"round {manifest.round_id} is before {self.highest_round}, seen already"
+            )
+        if manifest.round_id > self.highest_round:
+            self.highest_round = manifest.round_id
+            effects.append(Remember(manifest.round_id))
+        self._drop_work("the round is over", effects)
+        self.manifest, self._manifest_digest, self._certificate = manifest, digest, certificate
+        match manifest.state:
+            case FederationState.FINISHED:
+                effects.append(FederationFinished(manifest))
+            case FederationState.WAITING:
+                self._checkin_at = min(self._checkin_at, now)
+            case FederationState.COLLECTING if manifest.round_id > self.settled and not self.pending:
+                self.work = Work.FETCHING
+                self._want(manifest.cohort, now, effects)
+                self._advance(now, effects)
+            case FederationState.COLLECTING:
+                pass
+
+    def _advance(self, now: float, effects: list[Effect]) -> None:
+        """Go on once blobs have arrived: cohort first, then artifact and model, then train."""
+        manifest = self.manifest
+        if self.work is not Work.FETCHING or manifest is None or manifest.cohort is None:
+            return
+        raw = self._blobs.get(manifest.cohort.digest)
+        if raw is None:
+            return
+        try:
+            selected = self.identity.device in Cohort.decode(raw).devices
+        except RemoteProtocolError:
+            self._drop_work("its cohort is malformed", effects)
+            raise
+        if not selected:
+            self._drop_work("not selected", effects)
+            return
+        wanted = [manifest.model]
+        if manifest.artifact.digest not in self.artifacts:
+            wanted.append(manifest.artifact)
+        for ref in wanted:
+            self._want(ref, now, effects)
+        if any(ref.digest not in self._blobs for ref in wanted):
+            return
+        if manifest.artifact.digest not in self.artifacts:
+            effects.append(KeepArtifact(manifest.artifact.digest, self._blobs[manifest.artifact.digest]))
+            self.artifacts.add(manifest.artifact.digest)
+        model = self._blobs[manifest.model.digest]
+        self._blobs.clear()
+        self.work = Work.TRAINING
+        effects.append(Train(manifest, manifest.artifact.digest, model))
+
+    def _want(self, ref: BlobRef | None, now: float, effects: list[Effect]) -> None:
+        if ref is None or ref.digest in self._blobs or ref.digest in self._fetches:
+            return
+        self._fetches[ref.digest] = BlobFetch(ref, next_ask_at=now)
+        effects.append(Subscribe(topics.all_pieces(self.identity.federation, ref.digest)))
+
+    def _drop_work(self, reason: str, effects: list[Effect]) -> None:
+        if self.work is Work.TRAINING:
+            effects.append(StopTraining(reason))
+        effects += [
+            Unsubscribe(topics.all_pieces(self.identity.federation, digest)) for digest in self._fetches
+        ]
+        self._fetches.clear()
+        self._blobs.clear()
+        self.work = Work.IDLE
+
+    # ---- updates and receipts -----------------------------------------------------------------------
+
+    def _trained(self, now: float, event: Trained, effects: list[Effect]) -> None:
+        manifest = self.manifest
+        if self.work is not Work.TRAINING or manifest is None or manifest.round_id != event.round_id:
+            return  # the round was over before the training stopped
+        if self.pending is not None or self._manifest_digest is None:
+            raise LocalProtocolError(f"a second update for {event.round_id} while one is pending")
+        header = Header(
+            kind=Kind.UPDATE,
+            federation=self.identity.federation,
+            round_id=manifest.round_id,
+            manifest_digest=self._manifest_digest,
+            device=self.identity.device,
+            sequence=self.next_sequence(),
+            payload_digest=sha256(),
+        )
+        sealed = self.provider.seal(
+            SealingPublicKey(manifest.sealing_key),
+            seal_context(header),
+            b"",
+            event.update.encode(),
+            self.entropy(32),
+        )
+        topic = topics.up_topic(Kind.UPDATE, self.identity.federation, self.identity.device)
+        messages = tuple((topic, raw) for raw in pack(header, sealed, self._sign, manifest.chunk_bytes))
+        self.pending = Pending(manifest.round_id, self._manifest_digest, sha256(sealed), messages)
+        self.work = Work.IDLE
+        self._sent, self._send_at = 0, now
+        effects.append(Journal(self.pending))
+        if event.telemetry is not None and self.online:
+            effects.append(self._sealed_to_aggregator(Kind.TELEMETRY, event.telemetry.encode()))
+
+    def _take_receipt(self, now: float, payload: bytes, effects: list[Effect]) -> None:
+        envelope = unpack(payload, self.identity.federation, Kind.RECEIPT)
+        if self._certificate is None or self.pending is None:
+            return  # the update will be sent again, and answered again
+        if envelope.header.device != self.identity.device:
+            raise RemoteProtocolError(Reject.WRONG_TOPIC, "a receipt for another device")
+        key = VerifyKey(self._certificate.signing_key)
+        self.provider.verify(key, envelope.signed_bytes(), envelope.signature)
+        receipt = Receipt.decode(envelope.body)
+        pending = self.pending
+        if (envelope.header.round_id, envelope.header.manifest_digest, receipt.update_digest) != (
+            pending.round_id,
+            pending.manifest_digest,
+            pending.update_digest,
+        ):
+            return  # about an earlier update
+        self.pending = None
+        self.settled = pending.round_id
+        self._checkin_at = now
+        effects.append(Settle(pending.round_id, receipt.verdict, receipt.reject))
+
+    # ---- small helpers ------------------------------------------------------------------------------
+
+    def _current_round(self) -> RoundId | None:
+        return self.manifest.round_id if self.manifest else None
+
+    def _sign(self, message: bytes) -> bytes:
+        return self.provider.sign(self.identity.signing_key, message)
+
+    def _header(self, kind: Kind) -> Header:
+        return Header(
+            kind=kind,
+            federation=self.identity.federation,
+            round_id=RoundId(self.highest_round.generation, 0),
+            device=self.identity.device,
+            sequence=self.next_sequence(),
+            payload_digest=sha256(),
+        )
+
+    def _message(self, kind: Kind, payload: bytes, header: Header | None = None) -> Send:
+        (raw,) = pack(header or self._header(kind), payload, self._sign)
+        return Send(topics.up_topic(kind, self.identity.federation, self.identity.device), raw)
+
+    def _sealed_to_aggregator(self, kind: Kind, plain: bytes) -> Send:
+        if self._certificate is None:
+            raise LocalProtocolError("nothing can be sealed before a manifest has named the aggregator's key")
+        header = self._header(kind)
+        recipient = SealingPublicKey(self._certificate.sealing_key)
+        sealed = self.provider.seal(recipient, seal_context(header), b"", plain, self.entropy(32))
+        return self._message(kind, sealed, header)
+
+
+def standing_subscriptions(identity: Identity) -> tuple[str, ...]:
+    """What the shell subscribes to once, before it connects; a transport asks again at every connect."""
+    return (topics.manifest(identity.federation), topics.down(identity.federation, identity.device))

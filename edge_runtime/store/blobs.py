@@ -1,0 +1,46 @@
+"""Blobs a device has verified before, so that an artifact is fetched once and not every round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edge_runtime.protocol.ids import Digest
+from edge_runtime.store import records
+from edge_runtime.store.files import FileLayer
+
+_KIND = "blob"
+_SUFFIX = ".blob"
+
+
+class BlobCache:
+    """Content by the digest of its index. Only a cache: what is damaged is dropped and fetched again."""
+
+    def __init__(self, folder: Path, files: FileLayer, max_bytes: int) -> None:
+        self._folder = folder
+        self._files = files
+        self._max_bytes = max_bytes
+
+    def get(self, digest: Digest) -> bytes | None:
+        """The content that was put under ``digest``; None: fetch it."""
+        path = self._path(digest)
+        try:
+            record = records.read(_KIND, path)
+        except records.DamagedFileError:
+            self._files.discard(path)
+            return None
+        return bytes(record.content) if record else None
+
+    def put(self, digest: Digest, content: bytes) -> None:
+        """Keeps verified content, and forgets the least recently put beyond ``max_bytes``."""
+        self._files.replace(self._path(digest), records.encode(_KIND, {"digest": digest.hex()}, [content]))
+        kept = 0
+        by_age = sorted(
+            self._folder.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime_ns, reverse=True
+        )
+        for path in by_age:
+            kept += path.stat().st_size
+            if kept > self._max_bytes and path != self._path(digest):
+                self._files.remove(path)
+
+    def _path(self, digest: Digest) -> Path:
+        return self._folder / f"{digest.hex()}{_SUFFIX}"

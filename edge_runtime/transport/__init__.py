@@ -1,0 +1,1 @@
+"""How bytes travel: one interface (base), MQTT through paho (mqtt), and a broker in memory with faults (memory)."""
