@@ -134,8 +134,9 @@ def start_broker(
     if mosquitto is None and not use_amqtt:
         wanted = kind or "broker"
         raise BrokerStartError(
-            f"no {wanted} found: install mosquitto (`apt install mosquitto`, `brew install mosquitto`; looked on "
-            f"PATH and in {', '.join(_SBIN)}), or for development `pip install amqtt`; or configure the URL of a broker"
+            f"no {wanted} found: install mosquitto (`apt install mosquitto` or `brew install mosquitto`; "
+            f"looked on PATH and in {', '.join(_SBIN)}), or for development `pip install amqtt`; or configure the "
+            "URL of a broker"
         )
     if use_amqtt and (bind != "127.0.0.1" or password_file is not None):
         raise BrokerStartError("amqtt is for development on 127.0.0.1 without passwords: install mosquitto")

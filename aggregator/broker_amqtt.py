@@ -12,10 +12,14 @@ import logging
 import sys
 from typing import Any
 
+from amqtt.adapters import BufferReader
 from amqtt.broker import Broker
-from amqtt.errors import AMQTTError
+from amqtt.errors import MQTTError
 from amqtt.plugins.base import BaseAuthPlugin
 from amqtt.session import Session
+
+_LEVEL_AT = 6  # of a CONNECT's body: two bytes of length, "MQTT", then the protocol level
+_WRONG_VERSION = b"\x20\x02\x00\x01"  # CONNACK: unacceptable protocol version (MQTT 3.1.1, 3.2.2.3)
 
 
 class LoopbackAuth(BaseAuthPlugin):  # type: ignore[misc]  # amqtt is untyped
@@ -28,15 +32,33 @@ class LoopbackAuth(BaseAuthPlugin):  # type: ignore[misc]  # amqtt is untyped
 
 
 class DevelopmentBroker(Broker):  # type: ignore[misc]
-    """amqtt takes the properties of an MQTT 5 CONNECT for garbage and leaves the connection open, silent. Closed, it
-    tells the client at once to try MQTT 3.1.1. With a release that lacks this method, connecting is merely slower."""
+    """Refuses MQTT 5 at once, so that clients try 3.1.1. amqtt itself takes the properties of an MQTT 5 CONNECT
+    for a length and waits for bytes that never come. On a release without this method, connecting is slower."""
 
     async def _initialize_client_session(self, reader: Any, writer: Any, *peer: Any) -> Any:
         try:
-            return await super()._initialize_client_session(reader, writer, *peer)
-        except AMQTTError:
+            head, body = await _first_packet(reader)
+        except (EOFError, OSError) as error:
+            raise MQTTError("the client left before CONNECT") from error
+        if body[_LEVEL_AT : _LEVEL_AT + 1] == b"\x05":
+            writer.write(_WRONG_VERSION)
+            await writer.drain()
             await writer.close()
-            raise
+            raise MQTTError("MQTT 5 is not spoken here")
+        return await super()._initialize_client_session(BufferReader(head + body), writer, *peer)
+
+
+async def _first_packet(reader: Any) -> tuple[bytes, bytes]:
+    """Fixed header and body; a length is one to four bytes of seven bits (MQTT 3.1.1, 2.2.3)."""
+    head = await reader.read(1)
+    length = 0
+    for shift in (0, 7, 14, 21):
+        byte = await reader.read(1)
+        head += byte
+        length |= (byte[0] & 0x7F) << shift
+        if byte[0] < 0x80:
+            break
+    return head, await reader.read(length)
 
 
 async def _serve(port: int) -> None:
@@ -52,5 +74,5 @@ async def _serve(port: int) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.ERROR, stream=sys.stderr)
+    logging.basicConfig(level=logging.CRITICAL, stream=sys.stderr)
     asyncio.run(_serve(int(sys.argv[1])))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from edge_runtime.data import DataSource, NpzFile, PythonFunction
 from edge_runtime.protocol.messages import MAX_TTL_S, Telemetry
-from edge_runtime.settings import BadSetting, load, require
+from edge_runtime.settings import BadSetting, ConfigError, Problem, load, read_secret_file, require
 
 PYTHON_PREFIX = "python:"
+_HEX_SEED = re.compile(rb"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,7 @@ class LimitsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """``seed_file``: 32 bytes, or 64 hex digits, for the batch order; None: made once, kept in the state."""
+    """``seed_file``: 64 hex digits for the batch order; None: made once, kept in the state."""
 
     seed_file: Path | None = None
 
@@ -136,6 +138,14 @@ class DeviceConfig:
 def load_device_config(path: Path) -> DeviceConfig:
     """``device.toml`` as a DeviceConfig. Raises ConfigError (``settings.load``)."""
     return load(path, DeviceConfig, {DataSource: _read_source})
+
+
+def read_seed_file(path: Path) -> bytes:
+    """The 32 bytes of ``training.seed_file``. Raises ConfigError."""
+    content = read_secret_file(path)
+    if not _HEX_SEED.fullmatch(content):
+        raise ConfigError(path, Problem("", f"{len(content)} bytes", "a seed is 64 hex digits, 0-9 a-f"))
+    return bytes.fromhex(content.decode("ascii"))
 
 
 def _read_source(value: object, folder: Path) -> DataSource:

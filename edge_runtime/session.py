@@ -32,7 +32,6 @@ from edge_runtime.session_values import (
     Identity,
     Journal,
     KeepArtifact,
-    Pending,
     Received,
     Refused,
     Remember,
@@ -47,6 +46,7 @@ from edge_runtime.session_values import (
     Unsubscribe,
     Work,
 )
+from edge_runtime.store.outbox import Message, OutboxEntry
 
 RESEND_BASE_S = 2.0
 RESEND_CAP_S = 60.0
@@ -67,7 +67,7 @@ class Session:
     entropy: Callable[[int], bytes]
     highest_round: RoundId = field(default_factory=lambda: RoundId(0, 0))
     settled: RoundId = field(default_factory=lambda: RoundId(0, 0))
-    pending: Pending | None = None
+    pending: OutboxEntry | None = None
     artifacts: set[Digest] = field(default_factory=set)
 
     online: bool = field(default=False, init=False)
@@ -201,6 +201,10 @@ class Session:
             self.highest_round = manifest.round_id
             effects.append(Remember(manifest.round_id))
         self._drop_work("the round is over", effects)
+        if self.pending is not None and self.pending.round_id.generation < manifest.round_id.generation:
+            # The aggregator was restored from a backup: nobody will ever answer this update.
+            effects.append(Settle(self.pending.round_id, None))
+            self.pending = None
         self.manifest, self._manifest_digest, self._certificate = manifest, digest, certificate
         match manifest.state:
             case FederationState.FINISHED:
@@ -286,8 +290,13 @@ class Session:
             self.entropy(32),
         )
         topic = topics.up_topic(Kind.UPDATE, self.identity.federation, self.identity.device)
-        messages = tuple((topic, raw) for raw in pack(header, sealed, self._sign, manifest.chunk_bytes))
-        self.pending = Pending(manifest.round_id, self._manifest_digest, sha256(sealed), messages)
+        pieces = pack(header, sealed, self._sign, manifest.chunk_bytes)
+        self.pending = OutboxEntry(
+            round_id=manifest.round_id,
+            manifest_digest=self._manifest_digest,
+            update_digest=sha256(sealed),
+            messages=tuple(Message(topic, raw) for raw in pieces),
+        )
         self.work = Work.IDLE
         self._sent, self._send_at = 0, now
         effects.append(Journal(self.pending))

@@ -11,6 +11,7 @@ from edge_runtime.protocol.manifest import Manifest
 from edge_runtime.protocol.messages import Telemetry, Update
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.rounds import Verdict
+from edge_runtime.store.outbox import OutboxEntry
 
 # ---- events -----------------------------------------------------------------------------------------
 
@@ -82,20 +83,10 @@ class Remember:
 
 
 @dataclass(frozen=True)
-class Pending:
-    """The exact messages of one update, and what a receipt must name."""
-
-    round_id: RoundId
-    manifest_digest: Digest
-    update_digest: Digest
-    messages: tuple[tuple[str, bytes], ...]
-
-
-@dataclass(frozen=True)
 class Journal:
     """Durably: these messages, before any of them is sent."""
 
-    pending: Pending
+    entry: OutboxEntry
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class ConfigError(FleetgradError):
         self.problems = problems
 
 
-class BadSetting(ValueError):  # noqa: N818 - a value, not an event
+class BadSetting(ValueError):
     """A value outside its bounds; ``load`` turns it into a ConfigError with the whole path.
 
     A reader of ``load`` raises it with an empty ``key``: the key is the one being read.
@@ -139,7 +139,7 @@ def read_secret_file(path: Path) -> bytes:
 # ---- types ------------------------------------------------------------------------------------------
 
 
-class _WrongType(Exception):  # noqa: N818 - internal; becomes a Problem
+class _WrongType(Exception):
     def __init__(self, value: object, expected: str) -> None:
         super().__init__(expected)
         self.value = value

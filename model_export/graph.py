@@ -89,7 +89,9 @@ class Graph:
 def from_proto(model: onnx.ModelProto) -> Graph:
     """Reads a model with one opset import, no functions and no subgraphs. Raises UnsupportedModel."""
     if model.functions:
-        raise UnsupportedModel(f"the exported graph holds the function {model.functions[0].name}, which is not inlined")
+        raise UnsupportedModel(
+            f"the exported graph holds the function {model.functions[0].name}, which is not inlined"
+        )
     proto = model.graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.initializer}
     types = {
@@ -160,7 +162,9 @@ def _value_info(name: str, kind: ValueType) -> onnx.ValueInfoProto:
 def _node(proto: onnx.NodeProto) -> Node:
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     if proto.domain:
-        raise UnsupportedModel(f"the exported graph uses {proto.domain}.{proto.op_type}, no standard ONNX operator")
+        raise UnsupportedModel(
+            f"the exported graph uses {proto.domain}.{proto.op_type}, no standard ONNX operator"
+        )
     attributes: dict[str, Any] = {}
     for attribute in proto.attribute:
         if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):

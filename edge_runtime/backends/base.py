@@ -49,7 +49,13 @@ class TrainingSession(Protocol):
         """Begins at ``theta``, copied; momentum and accumulator are zero. Raises TensorError."""
 
     def step(
-        self, inputs: Sequence[Array], target: Array, *, learning_rate: float, momentum: float, max_grad_norm: float
+        self,
+        inputs: Sequence[Array],
+        target: Array,
+        *,
+        learning_rate: float,
+        momentum: float,
+        max_grad_norm: float,
     ) -> StepResult:
         """One step of SGD on one batch."""
 
@@ -58,6 +64,9 @@ class TrainingSession(Protocol):
 
         With scale = micro-batch size / batch size the sum over a batch is the batch's gradient and loss.
         """
+
+    def gradient(self) -> Vector:
+        """A copy of the accumulator."""
 
     def apply(self, *, learning_rate: float, momentum: float, max_grad_norm: float) -> float:
         """One step of SGD on the accumulated gradient, which is then zero; returns its norm before clipping."""

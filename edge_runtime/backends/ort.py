@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.backends.base import Array, BackendError, Evaluation, StepResult, TrainingSession, check_batch
+from edge_runtime.backends.base import (
+    Array,
+    BackendError,
+    Evaluation,
+    StepResult,
+    TrainingSession,
+    check_batch,
+)
 from edge_runtime.protocol.artifact import Artifact
 from edge_runtime.protocol.tensors import Vector, check_vector
 
@@ -56,12 +63,20 @@ class OrtSession:
         self._accumulator.now[:] = 0.0
 
     def step(
-        self, inputs: Sequence[Array], target: Array, *, learning_rate: float, momentum: float, max_grad_norm: float
+        self,
+        inputs: Sequence[Array],
+        target: Array,
+        *,
+        learning_rate: float,
+        momentum: float,
+        max_grad_norm: float,
     ) -> StepResult:
         scalars = _rates(learning_rate, momentum, max_grad_norm)
         graph = self._graph("step_sgd.onnx")
         feeds = {**self._feeds(inputs, target), **scalars}
-        loss, norm = graph.run(feeds, {"theta": self._theta, "momentum": self._momentum}, ("loss", "grad_norm"))
+        loss, norm = graph.run(
+            feeds, {"theta": self._theta, "momentum": self._momentum}, ("loss", "grad_norm")
+        )
         self._theta.swap()
         self._momentum.swap()
         return StepResult(float(loss), float(norm))
@@ -73,6 +88,9 @@ class OrtSession:
         )
         self._accumulator.swap()
         return float(loss)
+
+    def gradient(self) -> Vector:
+        return self._accumulator.now.copy()
 
     def apply(self, *, learning_rate: float, momentum: float, max_grad_norm: float) -> float:
         (norm,) = self._graph("apply_sgd.onnx").run(
@@ -157,7 +175,9 @@ class _Graph:
         try:
             self._session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # noqa: BLE001 - the runtime's errors share no public base class
-            raise BackendError(f"onnxruntime {runtime.__version__} cannot load {name}: {_first_line(error)}") from error
+            raise BackendError(
+                f"onnxruntime {runtime.__version__} cannot load {name}: {_first_line(error)}"
+            ) from error
 
     def run(
         self,

@@ -21,7 +21,10 @@ MAX_TTL_S = 7 * 24 * 3600
 
 @dataclass(frozen=True, kw_only=True)
 class CheckIn:
-    """One ticket for one selection. ``ttl_s`` (seconds, from arrival) bounds how long it may be used."""
+    """One ticket for one selection. ``ttl_s`` (seconds, from arrival) bounds how long it may be used.
+
+    ``samples`` is 0 while the device has not seen the model its data must fit.
+    """
 
     certificate: bytes
     ttl_s: int
@@ -48,7 +51,7 @@ class CheckIn:
         return cls(
             certificate=m.certificate,
             ttl_s=within("ttl_s", m.ttl_s, 1, MAX_TTL_S),
-            samples=within("samples", m.samples, 1, MAX_SAMPLES),
+            samples=within("samples", m.samples, 0, MAX_SAMPLES),
             free_memory_bytes=m.free_memory_bytes,
             codecs=codec_names(m.codecs),
             runtime=m.runtime,

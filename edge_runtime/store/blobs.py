@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from edge_runtime.protocol.ids import Digest
@@ -10,6 +11,7 @@ from edge_runtime.store.files import FileLayer
 
 _KIND = "blob"
 _SUFFIX = ".blob"
+_HEX = re.compile(r"[0-9a-f]{64}")
 
 
 class BlobCache:
@@ -29,6 +31,11 @@ class BlobCache:
             self._files.discard(path)
             return None
         return bytes(record.content) if record else None
+
+    def digests(self) -> frozenset[Digest]:
+        """What is kept. ``get`` may still answer None: damage shows when a file is read."""
+        names = (path.name.removesuffix(_SUFFIX) for path in self._folder.glob(f"*{_SUFFIX}"))
+        return frozenset(Digest(bytes.fromhex(name)) for name in names if _HEX.fullmatch(name))
 
     def put(self, digest: Digest, content: bytes) -> None:
         """Keeps verified content, and forgets the least recently put beyond ``max_bytes``."""

@@ -32,9 +32,13 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class OutboxEntry:
-    """One update: ``messages`` in the order of sending, at least one; ``update_digest``: its payload digest."""
+    """One update: ``messages`` in the order of sending, at least one; ``update_digest``: its payload digest.
+
+    A receipt must name round, manifest and update.
+    """
 
     round_id: RoundId
+    manifest_digest: Digest
     update_digest: Digest
     messages: tuple[Message, ...]
 
@@ -62,7 +66,7 @@ class Outbox:
 
     @property
     def settled(self) -> RoundId | None:
-        """The highest round whose entry was removed or lost."""
+        """The highest round that is over for this device."""
         return self._settled
 
     @property
@@ -71,7 +75,7 @@ class Outbox:
         return tuple(sorted(self._folder.glob(f"*{SET_ASIDE_SUFFIX}")))
 
     def answered(self, round_id: RoundId) -> bool:
-        """Whether an update for this round was journalled before: then no other may be made."""
+        """Whether this round has its update, or is over: then no other may be made."""
         return round_id in self._rounds or (self._settled is not None and round_id <= self._settled)
 
     def put(self, entry: OutboxEntry) -> None:
@@ -86,10 +90,11 @@ class Outbox:
                 raise LocalProtocolError(f"a second, different update for round {_spell(entry.round_id)}")
             return
         if self.answered(entry.round_id):
-            raise LocalProtocolError(f"a second update for round {_spell(entry.round_id)}, which is settled")
+            raise LocalProtocolError(f"an update for round {_spell(entry.round_id)}, which is over here")
         header = {
             "generation": entry.round_id.generation,
             "round": entry.round_id.number,
+            "manifest_digest": entry.manifest_digest.hex(),
             "update_digest": entry.update_digest.hex(),
             "messages": [{"topic": m.topic, "bytes": len(m.payload)} for m in entry.messages],
         }
@@ -106,12 +111,11 @@ class Outbox:
         return self._read(round_id) if round_id in self._rounds else None
 
     def remove(self, round_id: RoundId) -> None:
-        """For good, when a receipt has arrived. No entry: nothing happens."""
-        if round_id not in self._rounds:
-            return
+        """The round is over: a receipt has arrived, or no update could be made. Never again an update for it."""
         self._settle(round_id)
-        self._files.discard(self._path(round_id))
-        self._rounds.discard(round_id)
+        if round_id in self._rounds:
+            self._files.discard(self._path(round_id))
+            self._rounds.discard(round_id)
 
     def _settle(self, round_id: RoundId) -> None:
         if self._settled is None or round_id > self._settled:
@@ -132,6 +136,7 @@ class Outbox:
                 raise DamagedFileError("it is the entry of another round")
             return OutboxEntry(
                 round_id=round_id,
+                manifest_digest=Digest(record.digest("manifest_digest")),
                 update_digest=Digest(record.digest("update_digest")),
                 messages=_messages(record.header.get("messages"), record.content),
             )

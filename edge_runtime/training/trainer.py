@@ -19,7 +19,7 @@ from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.tensors import Vector
 
 
-class TrainingDiverged(FleetgradError):  # noqa: N818 - an event of training, named as the field names it
+class TrainingDiverged(FleetgradError):
     """Loss, gradient or parameters are no longer finite: nothing of this round is sent."""
 
 

@@ -21,7 +21,7 @@ class TransportError(FleetgradError):
     """The courier cannot do what was asked; the text says what to change."""
 
 
-class BrokerUnreachable(TransportError):  # noqa: N818 - names the condition
+class BrokerUnreachable(TransportError):
     """No broker answered at the first connect, or it refused us."""
 
     def __init__(self, host: str, port: int, reason: str, remedy: str) -> None:
@@ -31,7 +31,7 @@ class BrokerUnreachable(TransportError):  # noqa: N818 - names the condition
         self.reason = reason
 
 
-class NotConnected(TransportError):  # noqa: N818
+class NotConnected(TransportError):
     """Nothing was sent and nothing is queued: send again after the next ``Connected``."""
 
 
@@ -39,7 +39,7 @@ class Congested(NotConnected):
     """The broker acknowledges nothing though the connection stands; nothing was sent."""
 
 
-class PayloadTooLarge(TransportError):  # noqa: N818
+class PayloadTooLarge(TransportError):
     """Refused before sending: a broker drops the connection over such a packet, and would at every resend."""
 
     def __init__(self, packet_bytes: int, limit_bytes: int) -> None:

@@ -102,7 +102,9 @@ class Builder:
         """``value`` in ``shape``, which is that of ``like``: from the graph where it is not known now."""
         unknown = sum(not isinstance(size, int) for size in shape)
         if unknown <= 1 and 0 not in shape:
-            return self.op("Reshape", value, self.ints(*(size if isinstance(size, int) else -1 for size in shape)))
+            return self.op(
+                "Reshape", value, self.ints(*(size if isinstance(size, int) else -1 for size in shape))
+            )
         return self.op("Reshape", value, self.op("Shape", like))
 
     def reshape_like(self, value: str, like: str) -> str:
@@ -115,7 +117,9 @@ class Builder:
         repeated = [
             axis
             for axis, size in enumerate(shape)
-            if axis < extra or (target[axis - extra] == 1 and size != 1) or _differ(size, target[axis - extra])
+            if axis < extra
+            or (target[axis - extra] == 1 and size != 1)
+            or _differ(size, target[axis - extra])
         ]
         if any(_differ(shape[axis], target[axis - extra]) for axis in repeated if axis >= extra):
             raise MissingRule(f"cannot tell how {target} was broadcast to {shape}")

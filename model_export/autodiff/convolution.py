@@ -75,11 +75,17 @@ def _input_gradient(b: Builder, g: _Geometry, dy: str, weight: str) -> str:
     after = [reach - pad for reach, pad in zip(g.reach, g.after, strict=True)]
     if all(stride == 1 for stride in g.stride) and min(before + after) >= 0:
         # stride 1: a convolution with the turned kernel, which the runtime does faster than ConvTranspose
-        return b.op("Conv", dy, _turned(b, g, weight), group=g.groups, dilations=g.dilation, pads=before + after)
+        return b.op(
+            "Conv", dy, _turned(b, g, weight), group=g.groups, dilations=g.dilation, pads=before + after
+        )
     reached = [
         (out - 1) * stride + reach + 1 - pads
         for out, stride, reach, pads in zip(
-            g.size_out, g.stride, g.reach, [i + j for i, j in zip(g.before, g.after, strict=True)], strict=True
+            g.size_out,
+            g.stride,
+            g.reach,
+            [i + j for i, j in zip(g.before, g.after, strict=True)],
+            strict=True,
         )
     ]
     missing = [size - covered for size, covered in zip(g.size_in, reached, strict=True)]
@@ -100,7 +106,9 @@ def _turned(b: Builder, g: _Geometry, weight: str) -> str:
     axes = len(g.kernel)
     if any(size > 1 for size in g.kernel):
         last = [-1] * axes
-        weight = b.op("Slice", weight, b.ints(*last), b.ints(*[-(2**31)] * axes), b.ints(*g.spatial), b.ints(*last))
+        weight = b.op(
+            "Slice", weight, b.ints(*last), b.ints(*[-(2**31)] * axes), b.ints(*g.spatial), b.ints(*last)
+        )
     if g.groups == 1:
         return b.op("Transpose", weight, perm=[1, 0, *g.spatial])
     ins, outs = g.channels_in // g.groups, g.channels_out // g.groups
@@ -118,9 +126,7 @@ def _weight_gradient(b: Builder, g: _Geometry, x: str, dy: str) -> str:
         x = b.op("Pad", x, b.ints(0, 0, *g.before, 0, 0, *g.after))
     taps = [_tap(b, g, x, offset) for offset in np.ndindex(*g.kernel)]
     if ins == outs == 1:  # depthwise: a product and a sum per tap
-        sums = [
-            b.op("ReduceSum", b.op("Mul", tap, dy), b.ints(0, *g.spatial), keepdims=0) for tap in taps
-        ]
+        sums = [b.op("ReduceSum", b.op("Mul", tap, dy), b.ints(0, *g.spatial), keepdims=0) for tap in taps]
         stacked = b.op("Concat", *(b.op("Unsqueeze", total, b.ints(1)) for total in sums), axis=1)
         return b.op("Reshape", stacked, b.ints(g.channels_out, 1, *g.kernel))
     # (batch, groups, ins * taps, positions): the taps of one channel side by side

@@ -30,10 +30,17 @@ def matmul(b: Builder, n: Node, dy: str) -> Gradients:
     """MatMul with NumPy's broadcasting: dA = dy B^T, dB = A^T dy, each summed over what was repeated."""
     a, w = n.inputs
     shape_a, shape_w = b.shape(a), b.shape(w)
-    batch = b.shape(n.outputs[0])[: max(len(shape_a), len(shape_w)) - 2] if min(len(shape_a), len(shape_w)) else ()
+    batch = (
+        b.shape(n.outputs[0])[: max(len(shape_a), len(shape_w)) - 2]
+        if min(len(shape_a), len(shape_w))
+        else ()
+    )
     matrix_a, matrix_w = a, w  # a vector is a row on the left, a column on the right
     if len(shape_a) == 1:
-        matrix_a, dy = b.op("Unsqueeze", a, b.ints(0)), b.op("Unsqueeze", dy, b.ints(-1 if len(shape_w) == 1 else -2))
+        matrix_a, dy = (
+            b.op("Unsqueeze", a, b.ints(0)),
+            b.op("Unsqueeze", dy, b.ints(-1 if len(shape_w) == 1 else -2)),
+        )
     if len(shape_w) == 1:
         matrix_w, dy = b.op("Unsqueeze", w, b.ints(1)), b.op("Unsqueeze", dy, b.ints(-1))
     rows: Shape = (1, *shape_a) if len(shape_a) == 1 else shape_a
@@ -44,12 +51,18 @@ def matmul(b: Builder, n: Node, dy: str) -> Gradients:
     if len(columns) == 2 and len(rows) > 2 and isinstance(rows[-1], int) and isinstance(columns[-1], int):
         # one product over all rows instead of one per row block and a sum
         flat_a, flat_dy = (
-            b.op("Reshape", value, b.ints(-1, size)) for value, size in ((matrix_a, rows[-1]), (dy, columns[-1]))
+            b.op("Reshape", value, b.ints(-1, size))
+            for value, size in ((matrix_a, rows[-1]), (dy, columns[-1]))
         )
         dw = b.op("Gemm", flat_a, flat_dy, transA=1)
     else:
-        dw = b.sum_to(b.op("MatMul", _transposed(b, matrix_a, len(rows)), dy), (*batch, *columns[-2:]), columns)
-    return [b.reshape_like(da, a) if len(shape_a) == 1 else da, b.reshape_like(dw, w) if len(shape_w) == 1 else dw]
+        dw = b.sum_to(
+            b.op("MatMul", _transposed(b, matrix_a, len(rows)), dy), (*batch, *columns[-2:]), columns
+        )
+    return [
+        b.reshape_like(da, a) if len(shape_a) == 1 else da,
+        b.reshape_like(dw, w) if len(shape_w) == 1 else dw,
+    ]
 
 
 def _transposed(b: Builder, value: str, rank: int) -> str:

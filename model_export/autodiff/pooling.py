@@ -33,13 +33,17 @@ def average_pool(b: Builder, n: Node, dy: str) -> Gradients:
     axes = len(kernel)
     strides = list(n.attributes.get("strides", [1] * axes))
     pads = list(n.attributes.get("pads", [0] * (2 * axes)))
-    if n.attributes.get("auto_pad", "NOTSET") != "NOTSET" or any(d != 1 for d in n.attributes.get("dilations", [1])):
+    if n.attributes.get("auto_pad", "NOTSET") != "NOTSET" or any(
+        d != 1 for d in n.attributes.get("dilations", [1])
+    ):
         raise MissingRule("has a gradient rule for explicit padding and without dilation only")
     x = n.inputs[0]
     spatial = range(2, 2 + axes)
     size_in, size_out = b.static(x, *spatial), b.static(n.outputs[0], *spatial)
     counts = [
-        _window_lengths(i, o, k, s, pads[axis], pads[axes + axis], bool(n.attributes.get("count_include_pad", 0)))
+        _window_lengths(
+            i, o, k, s, pads[axis], pads[axes + axis], bool(n.attributes.get("count_include_pad", 0))
+        )
         for axis, (i, o, k, s) in enumerate(zip(size_in, size_out, kernel, strides, strict=True))
     ]
     divisor = np.ones((1, 1, *[1] * axes), np.float32)

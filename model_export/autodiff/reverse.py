@@ -18,6 +18,7 @@ def add_gradients(graph: Graph, loss: str, parameters: Sequence[str]) -> dict[st
     A parameter that the loss does not depend on is left out. Raises MissingRule, naming operator and module.
     """
     builder = Builder(graph)
+    wanted = set(parameters)
     differentiable = _depends_on(graph, parameters)
     contributions: dict[str, list[str]] = {loss: [builder.scalar(1.0)]} if loss in differentiable else {}
 
@@ -30,6 +31,8 @@ def add_gradients(graph: Graph, loss: str, parameters: Sequence[str]) -> dict[st
         return parts[0]
 
     for node in reversed(list(graph.nodes)):
+        if any(name in wanted for name in node.outputs):
+            continue  # what a parameter is itself made of lies beyond it
         gradients = [total(name) if name in differentiable else None for name in node.outputs]
         if all(gradient is None for gradient in gradients):
             continue
@@ -61,7 +64,9 @@ def _apply_rule(builder: Builder, node: Node, gradients: Sequence[str | None]) -
         if rule is None:
             raise MissingRule("has no gradient rule")
         if gradients[0] is None:
-            raise MissingRule("has a gradient rule for its first output only, and the loss depends on another")
+            raise MissingRule(
+                "has a gradient rule for its first output only, and the loss depends on another"
+            )
         return rule(builder, node, gradients[0])
     except MissingRule as error:
         where = f"in {node.module}" if node.module else "in the model"

@@ -45,7 +45,8 @@ def concat(b: Builder, n: Node, dy: str) -> Gradients:
 def split(b: Builder, n: Node, dys: Sequence[str | None]) -> Gradients:
     """Split: parts that the loss does not use have gradient zero."""
     parts = [
-        dy if dy is not None else b.zeros(b.op("Shape", output)) for dy, output in zip(dys, n.outputs, strict=True)
+        dy if dy is not None else b.zeros(b.op("Shape", output))
+        for dy, output in zip(dys, n.outputs, strict=True)
     ]
     return [b.op("Concat", *parts, axis=n.attributes.get("axis", 0))]
 
@@ -87,13 +88,17 @@ def slice_(b: Builder, n: Node, dy: str) -> Gradients:
     return [b.op("Pad", dy, b.ints(*pads)) if any(pads) else dy]
 
 
-def _spread(b: Builder, value: str, shape: list[int | str | None], axis: int, length: int, stride: int) -> str:
+def _spread(
+    b: Builder, value: str, shape: list[int | str | None], axis: int, length: int, stride: int
+) -> str:
     """Inserts stride - 1 zeros after each element along the axis."""
     rank = len(shape)
     gaps = [0] * (2 * (rank + 1))
     gaps[rank + 1 + axis + 1] = stride - 1
     spread = b.op("Pad", b.op("Unsqueeze", value, b.ints(axis + 1)), b.ints(*gaps))
-    merged = [size if isinstance(size, int) else -1 for size in (*shape[:axis], length * stride, *shape[axis + 1 :])]
+    merged = [
+        size if isinstance(size, int) else -1 for size in (*shape[:axis], length * stride, *shape[axis + 1 :])
+    ]
     if merged.count(-1) > 1:
         raise MissingRule(f"needs fixed sizes, but the shape is {tuple(shape)}")
     return b.op("Reshape", spread, b.ints(*merged))
@@ -116,7 +121,11 @@ def gather(b: Builder, n: Node, dy: str) -> Gradients:
     if axis:
         front = [axis, *(other for other in range(rank) if other != axis)]
         shape = b.op("Gather", shape, b.ints(*front))
-        dy_order = [*range(axis, axis + index_rank), *range(axis), *range(axis + index_rank, rank + index_rank - 1)]
+        dy_order = [
+            *range(axis, axis + index_rank),
+            *range(axis),
+            *range(axis + index_rank, rank + index_rank - 1),
+        ]
         dy = b.op("Transpose", dy, perm=dy_order)
     scattered = b.op("ScatterND", b.zeros(shape), b.op("Unsqueeze", indices, b.ints(-1)), dy, reduction="add")
     if axis:

@@ -17,6 +17,7 @@ from edge_runtime.protocol.rejects import Reject
 
 BLOCK = 1024
 LEVELS = 127
+TILE_BLOCKS = 64  # rounded at a time: the float32 temporaries stay below 2 MiB, whatever the model
 # The greatest scale whose largest multiple is finite in float32.
 _MAX_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(LEVELS), np.float32(0), dtype=np.float32)
 
@@ -30,18 +31,21 @@ def _blocks(d: int) -> int:
 
 
 def _pack(vector: F32, stream: Uniforms) -> bytes:
-    blocks = _blocks(vector.size)
-    padded = np.zeros((blocks, BLOCK), dtype=np.float32)
-    padded.reshape(-1)[: vector.size] = vector
-    scales = _scales(np.abs(padded).max(axis=1, initial=0))
-    steps = padded / np.where(scales > 0, scales, np.float32(1))[:, np.newaxis]
-    floor = np.floor(steps)
-    uniforms = np.zeros_like(padded)
-    uniforms.reshape(-1)[: vector.size] = stream.uniform_float32(vector.size)
-    # Comparing with the fraction, which is exact, keeps integers what they are; floor(steps + uniform) would not.
-    rounded = np.clip(floor + (uniforms < steps - floor), -LEVELS, LEVELS).astype(np.int8)
-    packed: bytes = scales.astype("<f4").tobytes() + rounded.reshape(-1)[: vector.size].tobytes()
-    return packed
+    scales = np.empty(_blocks(vector.size), dtype="<f4")
+    rounded = np.empty(vector.size, dtype=np.int8)
+    for first in range(0, len(scales), TILE_BLOCKS):
+        tile = vector[first * BLOCK : (first + TILE_BLOCKS) * BLOCK]
+        blocks = np.zeros((_blocks(tile.size), BLOCK), dtype=np.float32)
+        blocks.reshape(-1)[: tile.size] = tile
+        tile_scales = _scales(np.abs(blocks).max(axis=1))
+        scales[first : first + len(blocks)] = tile_scales
+        blocks /= np.where(tile_scales > 0, tile_scales, np.float32(1))[:, np.newaxis]
+        steps = blocks.reshape(-1)[: tile.size]
+        # Comparing with the fraction, which is exact, leaves integers alone; floor(steps + uniform) would not.
+        floor = np.floor(steps)
+        up = stream.uniform_float32(tile.size) < steps - floor
+        rounded[first * BLOCK :][: tile.size] = np.clip(floor + up, -LEVELS, LEVELS)
+    return scales.tobytes() + rounded.tobytes()
 
 
 def _scales(largest: F32) -> F32:

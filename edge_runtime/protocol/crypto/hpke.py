@@ -1,6 +1,6 @@
 """RFC 9180, base mode, single shot: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-256-GCM.
 
-Built of primitives that cryptography 42 has, since that is the newest version with wheels for Android.
+Built of primitives that cryptography 42 has, the floor that Android sets; newer versions have HPKE itself.
 The labels and the order of the steps are those of the RFC; names in comments are its names.
 """
 

@@ -114,7 +114,11 @@ def test_nothing_can_be_drawn_of_nothing() -> None:
     assert stream.permutation(0).tolist() == []
     assert stream.permutation(1).tolist() == [0]
     assert stream.integers_below(1, 3).tolist() == [0, 0, 0]
-    for draw in (lambda: stream.bytes(-1), lambda: stream.integers_below(0, 1), lambda: stream.permutation(-1)):
+    for draw in (
+        lambda: stream.bytes(-1),
+        lambda: stream.integers_below(0, 1),
+        lambda: stream.permutation(-1),
+    ):
         with pytest.raises(LocalProtocolError):
             draw()
 

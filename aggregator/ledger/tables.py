@@ -1,0 +1,177 @@
+"""The tables. ``journal`` is the truth for rounds; ``checkins``, ``rounds``, ``updates``, ``versions`` follow from it.
+
+Times are seconds of the aggregator's clock. Nothing here is secret; payloads and keys that sign are elsewhere.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Dialect,
+    Float,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+)
+
+SCHEMA = 1
+MAX_INT64 = (1 << 63) - 1
+_BIAS = 1 << 63
+
+
+class Unsigned64(TypeDecorator[int]):
+    """An integer in [0, 2^64), as the wire's uint64; kept less 2^63, so that the order stays that of the numbers."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: int | None, dialect: Dialect) -> int | None:
+        return None if value is None else value - _BIAS
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> int | None:
+        return None if value is None else value + _BIAS
+
+
+metadata = MetaData()
+
+meta = Table(
+    "meta",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("federation", String(48), nullable=False),
+    Column("schema", Integer, nullable=False),
+    CheckConstraint("id = 1"),
+)
+
+epoch = Table(
+    "epoch",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("epoch", BigInteger, nullable=False),  # raised by every claim: the fence
+    Column("holder", Text, nullable=False),  # empty: released
+    Column("generation", BigInteger, nullable=False),
+    Column("seen_at", Float(53), nullable=False),  # of the last claim or commit
+    CheckConstraint("id = 1"),
+)
+
+journal = Table(
+    "journal",
+    metadata,
+    Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("at", Float(53), nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("generation", BigInteger),  # null: not about a round
+    Column("round", BigInteger),
+    Column("body", Text, nullable=False),
+)
+
+checkins = Table(
+    "checkins",
+    metadata,
+    Column("device", String(48), primary_key=True),
+    Column("sequence", Unsigned64, nullable=False),
+    Column("expires_at", Float(53), nullable=False),
+    Column("samples", BigInteger, nullable=False),
+    Column("codecs", Text, nullable=False),
+    Column("available", Boolean, nullable=False),  # false: used up by a round
+)
+
+devices = Table(
+    "devices",
+    metadata,
+    Column("device", String(48), primary_key=True),
+    Column("signing_key", LargeBinary, nullable=False),
+    Column("certificate", LargeBinary, nullable=False),
+    Column("last_sequence", Unsigned64, nullable=False),
+    Column("first_seen", Float(53), nullable=False),
+    Column("last_seen", Float(53), nullable=False),
+)
+
+rounds = Table(
+    "rounds",
+    metadata,
+    Column("generation", BigInteger, primary_key=True, autoincrement=False),
+    Column("round", BigInteger, primary_key=True, autoincrement=False),
+    Column("phase", String(16), nullable=False),
+    Column("base_version", BigInteger, nullable=False),
+    Column("opened_seq", BigInteger, nullable=False),  # of its RoundOpened in the journal: recovery starts there
+    Column("opened_at", Float(53), nullable=False),
+    Column("closed_at", Float(53)),  # published or aborted
+    Column("cohort_size", Integer, nullable=False),
+    Column("accepted", Integer),  # null: not frozen
+    Column("reason", Text),  # of an aborted round
+)
+
+updates = Table(
+    "updates",
+    metadata,
+    Column("generation", BigInteger, primary_key=True, autoincrement=False),
+    Column("round", BigInteger, primary_key=True, autoincrement=False),
+    Column("device", String(48), primary_key=True),
+    Column("digest", LargeBinary, nullable=False),
+    Column("samples", BigInteger, nullable=False),
+    Column("accepted", Boolean, nullable=False),  # in the frozen set
+    Column("outcome", String(16)),  # null: the round is open
+    Column("version", BigInteger),  # that it is in, if aggregated
+    Column("reason", Text),  # if excluded
+    ForeignKeyConstraint(["generation", "round"], ["rounds.generation", "rounds.round"]),
+    CheckConstraint("(version IS NOT NULL) = (outcome IS NOT NULL AND outcome = 'aggregated')"),
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("generation", BigInteger, nullable=False),
+    Column("round", BigInteger, nullable=False),
+    Column("model_digest", LargeBinary, nullable=False),
+    Column("metrics", Text),
+    ForeignKeyConstraint(["generation", "round"], ["rounds.generation", "rounds.round"]),
+    Index("one_version_per_round", "generation", "round", unique=True),
+)
+
+pieces = Table(
+    "pieces",
+    metadata,
+    Column("generation", BigInteger, primary_key=True, autoincrement=False),
+    Column("round", BigInteger, primary_key=True, autoincrement=False),
+    Column("device", String(48), primary_key=True),
+    Column("digest", LargeBinary, primary_key=True),
+    Column("piece", Integer, primary_key=True, autoincrement=False),
+    Column("piece_count", Integer, nullable=False),
+    Column("segment", Integer, nullable=False),
+    Column("offset", BigInteger, nullable=False),
+    Column("length", BigInteger, nullable=False),
+)
+
+telemetry = Table(
+    "telemetry",
+    metadata,
+    Column("device", String(48), primary_key=True),
+    Column("at", Float(53), nullable=False),
+    Column("latest", Text, nullable=False),
+    Column("reports", BigInteger, nullable=False),
+    Column("train_s", Float(53), nullable=False),
+    Column("steps", BigInteger, nullable=False),
+    Column("samples", BigInteger, nullable=False),
+    Column("peak_memory_bytes", BigInteger, nullable=False),
+    Column("bytes_up", BigInteger, nullable=False),
+    Column("bytes_down", BigInteger, nullable=False),
+)
+
+counters = Table(
+    "counters",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("value", BigInteger, nullable=False),
+)

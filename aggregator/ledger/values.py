@@ -1,0 +1,145 @@
+"""What goes into the ledger in one commit, and what comes out of its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from aggregator.core.records import Record
+from aggregator.inbox.segments import Position
+from edge_runtime.protocol.ids import DeviceId, Digest, RoundId
+from edge_runtime.protocol.messages import Telemetry
+from edge_runtime.protocol.rejects import Reject
+from edge_runtime.protocol.rounds import Outcome, Phase
+
+
+class Count(Enum):
+    """What is counted besides refusals, which are counted by ``Reject``."""
+
+    LATE = "late"
+    DUPLICATE = "duplicate"
+    BYTES_UP = "bytes_up"
+    BYTES_DOWN = "bytes_down"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Piece ``index`` of ``count`` of the update with this payload digest lies at ``position`` of the inbox."""
+
+    round_id: RoundId
+    device: DeviceId
+    digest: Digest
+    index: int
+    count: int
+    position: Position
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSeen:
+    """A device that proved itself. ``certificate``: as it travelled; ``sequence``: in [0, 2^64)."""
+
+    device: DeviceId
+    signing_key: bytes
+    certificate: bytes
+    sequence: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One transaction: all of it or nothing.
+
+    records: applied to the state by the caller, in this order.
+    pieces: must be durable in the inbox already. One that is known keeps its first position.
+    devices: new, or seen again; a device's last sequence never goes back.
+    telemetry: one report each, added to the device's totals.
+    counts: added to the counters.
+    metrics: by version, replacing those it had.
+    forget_pieces: rounds whose pieces leave the index; their inbox folders may be deleted after the commit.
+    """
+
+    records: tuple[Record, ...] = ()
+    pieces: tuple[Piece, ...] = ()
+    devices: tuple[DeviceSeen, ...] = ()
+    telemetry: tuple[tuple[DeviceId, Telemetry], ...] = ()
+    counts: Mapping[Reject | Count, int] = field(default_factory=dict)
+    metrics: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    forget_pieces: tuple[RoundId, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRow:
+    """A stored update. ``outcome``: None while its round is open; ``version``, ``reason``: as it asks for."""
+
+    round_id: RoundId
+    device: DeviceId
+    digest: Digest
+    samples: int
+    outcome: Outcome | None
+    version: int | None
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceRow:
+    device: DeviceId
+    signing_key: bytes
+    certificate: bytes
+    last_sequence: int
+    first_seen: float
+    last_seen: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRow:
+    """``accepted``: None before the freeze. ``closed_at``: published or aborted, in the aggregator's seconds."""
+
+    round_id: RoundId
+    phase: Phase
+    base_version: int
+    opened_at: float
+    closed_at: float | None
+    cohort_size: int
+    stored: int
+    accepted: int | None
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionRow:
+    version: int
+    round_id: RoundId
+    model_digest: Digest
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelemetryRow:
+    """The last report of a device and the totals of all. Totals stop at 2^63 - 1.
+
+    ``bytes_up``, ``bytes_down``: a report counts since its process started; a smaller one than the last is
+    taken for a new process.
+    """
+
+    device: DeviceId
+    at: float
+    latest: Telemetry
+    reports: int
+    train_s: float
+    steps: int
+    samples: int
+    peak_memory_bytes: int
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """``outcomes``: updates by what became of them; None: their round is open."""
+
+    version: int
+    rounds: Mapping[Phase, int]
+    outcomes: Mapping[Outcome | None, int]
+    devices: int
+    rejects: Mapping[Reject, int]
+    counts: Mapping[Count, int]

@@ -1,0 +1,91 @@
+"""Model versions on disk: parameters first (durable before the ledger commits), then the files users take home."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from aggregator.files import make_private_folder, write_atomic
+from aggregator.model_files import parameters_npz, publish_model
+from edge_runtime.protocol.artifact import PARAMETERS_FILE, Artifact
+from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.ids import Digest, sha256
+from edge_runtime.protocol.tensors import Vector, vector_from_bytes, vector_to_bytes
+
+PARAMETERS = "params.bin"
+MODEL = "model.onnx"
+ARRAYS = "model.npz"
+DESCRIPTION = "version.json"
+PUBLIC_MODE = 0o644
+
+
+class VersionError(FleetgradError):
+    """A version's files are missing or not what the ledger says."""
+
+
+class VersionStore:
+    """``folder/000012/``: params.bin (float32 little-endian, shape (d,)), model.onnx, model.npz, version.json."""
+
+    def __init__(self, folder: Path, artifact: Artifact) -> None:
+        self._folder = folder
+        self._artifact = artifact
+        make_private_folder(folder)
+
+    @property
+    def parameter_count(self) -> int:
+        return self._artifact.manifest.parameter_count
+
+    def path(self, version: int) -> Path:
+        return self._folder / f"{version:06d}"
+
+    def initial_digest(self) -> Digest:
+        """Of version 0: the artifact's own parameters."""
+        return sha256(self._artifact.files[PARAMETERS_FILE])
+
+    def write_parameters(self, version: int, theta: Vector) -> Digest:
+        """Durable when this returns; the same version again is overwritten with the same bytes."""
+        raw = vector_to_bytes(theta)
+        make_private_folder(self.path(version))
+        write_atomic(self.path(version) / PARAMETERS, raw)
+        return sha256(raw)
+
+    def read_parameters(self, version: int, digest: Digest) -> Vector:
+        """Shape (d,), float32. Raises VersionError unless the bytes have this digest."""
+        path = self.path(version) / PARAMETERS
+        if version == 0:
+            raw = self._artifact.files[PARAMETERS_FILE]
+        else:
+            try:
+                raw = path.read_bytes()
+            except OSError as error:
+                raise VersionError(f"{path}: {error.strerror}; restore it from a backup") from error
+        if sha256(raw) != digest:
+            raise VersionError(
+                f"version {version} in {path} is not what the ledger committed; restore a backup"
+            )
+        return vector_from_bytes(self.parameter_count, raw)
+
+    def publish(self, version: int, theta: Vector, description: Mapping[str, object]) -> Path:
+        """Write the files users take home; doing it again is fine. Returns the folder."""
+        manifest = self._artifact.manifest
+        folder = self.path(version)
+        make_private_folder(folder)
+        model = publish_model(self._artifact.files["infer.onnx"], manifest.parameters, theta)
+        write_atomic(folder / MODEL, model, mode=PUBLIC_MODE)
+        write_atomic(folder / ARRAYS, parameters_npz(manifest.parameters, theta), mode=PUBLIC_MODE)
+        text = json.dumps({"version": version, **description}, indent=1, sort_keys=True) + "\n"
+        write_atomic(folder / DESCRIPTION, text.encode(), mode=PUBLIC_MODE)
+        return folder
+
+    def export(self, version: int, target: Path) -> tuple[Path, ...]:
+        """Copy model.onnx and model.npz of a published version. Raises VersionError."""
+        copies = []
+        target.mkdir(parents=True, exist_ok=True)
+        for name in (MODEL, ARRAYS):
+            source = self.path(version) / name
+            if not source.exists():
+                raise VersionError(f"version {version} has not been published: {source} is missing")
+            copies.append(Path(shutil.copyfile(source, target / name)))
+        return tuple(copies)

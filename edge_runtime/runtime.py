@@ -1,0 +1,342 @@
+"""The shell around the session: one loop that takes events, runs effects and trains a step at a time.
+
+One thread does it all, so nothing here needs a lock; the transport has its own and keeps the connection alive
+while a long step runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+
+from edge_runtime import session_values as sv
+from edge_runtime.backends.base import Backend, TrainingSession
+from edge_runtime.config import DeviceConfig
+from edge_runtime.data import Dataset, load_dataset
+from edge_runtime.device import readings
+from edge_runtime.protocol import codecs, topics
+from edge_runtime.protocol.artifact import Artifact, from_bundle
+from edge_runtime.protocol.crypto.prg import Stream, derive_seed
+from edge_runtime.protocol.crypto.provider import CryptoProvider
+from edge_runtime.protocol.errors import FleetgradError, RemoteProtocolError
+from edge_runtime.protocol.ids import Digest, RoundId
+from edge_runtime.protocol.manifest import Manifest
+from edge_runtime.protocol.messages import Telemetry, Update
+from edge_runtime.protocol.rejects import Reject
+from edge_runtime.protocol.rounds import FederationState
+from edge_runtime.protocol.tensors import TensorError, Vector, vector_from_bytes
+from edge_runtime.session import Session, standing_subscriptions
+from edge_runtime.store import DeviceStore
+from edge_runtime.training.trainer import Step, TrainingDiverged, TrainingResult, batch_seed, delta, train
+from edge_runtime.transport import base as transport_base
+from edge_runtime.transport.base import NotConnected, Transport
+
+ONLINE = b"online"
+OFFLINE = b"offline"
+IDLE_WAIT_S = 1.0  # how often the loop looks whether it should stop
+STEPS_BETWEEN_POLLS_S = 0.02  # while training, messages wait no longer than this or one step
+
+_log = logging.getLogger(__name__)
+
+Report = Callable[..., None]
+"""``report(event, **fields)``: what the device is doing, for the terminal and the log."""
+
+
+class NotEnrolled(FleetgradError):
+    """The state folder has no certificate: ``edge-runtime enroll`` comes first."""
+
+
+@dataclass
+class _Run:
+    """One training in progress."""
+
+    manifest: Manifest
+    base: Vector
+    codec: str
+    steps: Generator[Step, None, TrainingResult | None]
+    started_at: float
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is kept between rounds: loading it is slow, and it changes only with the artifact."""
+
+    artifact: Digest
+    parameter_count: int
+    session: TrainingSession
+    dataset: Dataset
+
+
+@dataclass(kw_only=True)
+class Runtime:
+    """A device that takes part. ``clock``: seconds that never go back; ``entropy``: n random bytes."""
+
+    config: DeviceConfig
+    store: DeviceStore
+    transport: Transport
+    backend: Backend
+    runtime_name: str
+    provider: CryptoProvider
+    clock: Callable[[], float]
+    entropy: Callable[[int], bytes]
+    seed: bytes
+    report: Report
+    _session: Session = field(init=False)
+    _run: _Run | None = field(default=None, init=False)
+    _model: _Model | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        enrolment = self.store.enrolment
+        if enrolment is None:
+            raise NotEnrolled(
+                f"{self.store.folder} is not enrolled: get a token from the operator (`aggregator enroll-token`) "
+                "and run `edge-runtime enroll --config device.toml --device NAME --token-file FILE`"
+            )
+        entropy, provider = self.entropy, self.provider
+        self.identity = sv.Identity(
+            federation=enrolment.federation,
+            device=enrolment.device,
+            signing_key=self.store.signing_key(lambda: provider.generate_signing_key(entropy(32))),
+            certificate=enrolment.certificate,
+            root=enrolment.root_key,
+        )
+        entries = self.store.outbox.entries()
+        for stale in entries[:-1]:  # only the newest round can still be answered usefully
+            self.store.outbox.remove(stale.round_id)
+        self._session = Session(
+            identity=self.identity,
+            provider=self.provider,
+            capability=self._capability,
+            next_sequence=self.store.next_sequence,
+            entropy=self.entropy,
+            highest_round=self.store.highest_round or RoundId(0, 0),
+            settled=self.store.outbox.settled or RoundId(0, 0),
+            pending=entries[-1] if entries else None,
+            artifacts=set(self.store.blobs.digests()),
+        )
+
+    def run(
+        self, *, should_stop: Callable[[], bool], until_finished: bool = False, open_timeout_s: float = 30.0
+    ) -> None:
+        """Until ``should_stop``, or until the federation is finished and nothing waits for a receipt.
+
+        Raises BrokerUnreachable, PayloadTooLarge, DataError, BackendError: each says what to do.
+        """
+        for pattern in standing_subscriptions(self.identity):
+            self.transport.subscribe(pattern)
+        self.transport.open(open_timeout_s)
+        try:
+            while not should_stop():
+                if until_finished and self._finished():
+                    return
+                if self._run is not None:
+                    self._train_a_while()
+                event = self.transport.next_event(self._patience())
+                self._handle(self._translate(event))
+                if isinstance(event, transport_base.Received):
+                    self.transport.ack(event)
+        finally:
+            self._stop_training("the runtime stops")
+            self._say_presence(OFFLINE)
+            self.transport.close()
+
+    # ---- events -------------------------------------------------------------------------------------
+
+    def _translate(self, event: transport_base.Event | None) -> sv.Event:
+        match event:
+            case None:
+                return sv.Tick()
+            case transport_base.Connected():
+                self.report("connected")
+                self._say_presence(ONLINE)
+                return sv.Connected(event.session_present)
+            case transport_base.Disconnected():
+                self.report("disconnected", reason=event.reason)
+                return sv.Disconnected()
+            case transport_base.Received():
+                return sv.Received(event.topic, event.payload)
+
+    def _handle(self, event: sv.Event) -> None:
+        for effect in self._session.handle(self.clock(), event):
+            self._perform(effect)
+
+    def _patience(self) -> float:
+        if self._run is not None:
+            return 0.0
+        wake_at = self._session.wake_at()
+        return IDLE_WAIT_S if wake_at is None else min(max(wake_at - self.clock(), 0.0), IDLE_WAIT_S)
+
+    def _finished(self) -> bool:
+        manifest = self._session.manifest
+        return (
+            manifest is not None
+            and manifest.state is FederationState.FINISHED
+            and self._session.pending is None
+        )
+
+    # ---- effects ------------------------------------------------------------------------------------
+
+    def _perform(self, effect: sv.Effect) -> None:
+        match effect:
+            case sv.Subscribe():
+                self.transport.subscribe(effect.pattern)
+            case sv.Unsubscribe():
+                self.transport.unsubscribe(effect.pattern)
+            case sv.Send():
+                self._publish(effect.topic, effect.payload)
+            case sv.Remember():
+                self.store.advance_round(effect.round_id)
+            case sv.Journal():
+                self.store.outbox.put(effect.entry)
+                size = sum(len(message.payload) for message in effect.entry.messages)
+                self.report("update_journalled", round=effect.entry.round_id.number, bytes=size)
+            case sv.Settle():
+                self.store.outbox.remove(effect.round_id)
+                self.report(
+                    "settled",
+                    round=effect.round_id.number,
+                    verdict=effect.verdict.name.lower() if effect.verdict else "none",
+                    reject=effect.reject.name.lower() if effect.reject else None,
+                )
+            case sv.KeepArtifact():
+                self.store.blobs.put(effect.digest, effect.content)
+            case sv.Train():
+                self._start_training(effect)
+            case sv.StopTraining():
+                self._stop_training(effect.reason)
+            case sv.Refused():
+                self.report("refused", reject=effect.reject.name.lower(), detail=effect.detail)
+            case sv.FederationFinished():
+                self.report("finished", version=effect.manifest.base_version)
+
+    def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        try:
+            self.transport.publish(topic, payload, retain=retain)
+        except NotConnected:
+            _log.debug("not connected: %s waits for the next resend", topic)
+
+    def _say_presence(self, word: bytes) -> None:
+        self._publish(topics.presence(self.identity.federation, self.identity.device), word, retain=True)
+
+    # ---- training -----------------------------------------------------------------------------------
+
+    def _start_training(self, effect: sv.Train) -> None:
+        manifest = effect.manifest
+        try:
+            model = self._load(effect.artifact)
+            codec = next(name for name in manifest.plan.codecs if name in codecs.available())
+            theta = vector_from_bytes(manifest.parameter_count, effect.model)
+            if model.parameter_count != manifest.parameter_count:
+                raise RemoteProtocolError(
+                    Reject.WRONG_SIZE,
+                    f"artifact of {model.parameter_count} parameters, manifest of {manifest.parameter_count}",
+                )
+        except StopIteration:
+            self._sit_out(manifest, f"no codec of {', '.join(manifest.plan.codecs)} can be used here")
+            return
+        except (RemoteProtocolError, TensorError) as error:
+            self._session.artifacts.discard(effect.artifact)
+            self._sit_out(manifest, str(error))
+            return
+        steps = train(
+            model.session,
+            model.dataset,
+            manifest.plan,
+            theta,
+            seed=batch_seed(self.seed, manifest.round_id, self.identity.device),
+        )
+        self._run = _Run(manifest, theta, codec, steps, self.clock())
+        self.report("training_started", round=manifest.round_id.number, samples=model.dataset.samples)
+
+    def _load(self, digest: Digest) -> _Model:
+        if self._model is not None and self._model.artifact == digest:
+            return self._model
+        content = self.store.blobs.get(digest)
+        if content is None:
+            raise RemoteProtocolError(
+                Reject.BAD_DIGEST, "the cached artifact was damaged; it is fetched again"
+            )
+        artifact: Artifact = from_bundle(content)
+        data = self.config.data
+        dataset = load_dataset(
+            data.source,
+            artifact.manifest,
+            inputs=data.inputs,
+            target=data.target,
+            max_bytes=data.max_size_mb << 20,
+        )
+        session = self.backend.load(artifact, threads=self.config.limits.threads)
+        self._model = _Model(digest, artifact.manifest.parameter_count, session, dataset)
+        return self._model
+
+    def _train_a_while(self) -> None:
+        run = self._run
+        if run is None:
+            return
+        until = self.clock() + STEPS_BETWEEN_POLLS_S
+        try:
+            while self.clock() < until:
+                step = next(run.steps)
+                _log.debug("step %d of %d: loss %.4f", step.index, step.total, step.loss)
+        except StopIteration as end:
+            self._run = None
+            if end.value is not None:
+                self._finish_training(run, end.value)
+        except TrainingDiverged as error:
+            self._run = None
+            self._sit_out(run.manifest, str(error))
+
+    def _finish_training(self, run: _Run, result: TrainingResult) -> None:
+        round_id = run.manifest.round_id
+        try:
+            change = delta(result.theta, run.base)
+        except TrainingDiverged as error:
+            self._sit_out(run.manifest, str(error))
+            return
+        codec = codecs.codec_named(run.codec)
+        seed = derive_seed(self.seed, "codec", round_id.generation, round_id.number, self.identity.device)
+        encoded, _ = codec.encode(change, codec.init(change.size), Stream(seed))
+        update = Update(
+            samples=result.samples,
+            steps=result.steps,
+            loss_first=result.loss_first,
+            loss_last=result.loss_last,
+            codec=run.codec,
+            delta=encoded,
+        )
+        train_s = self.clock() - run.started_at
+        counters = self.transport.counters
+        telemetry = Telemetry(
+            train_s=train_s,
+            steps=result.steps,
+            samples=result.samples,
+            peak_memory_bytes=readings.peak_memory_bytes(),
+            bytes_up=counters.bytes_up,
+            bytes_down=counters.bytes_down,
+            temperature_c=readings.temperature_c() or 0.0,
+            resends=self._session.resends,
+        )
+        self.report(
+            "trained", round=round_id.number, steps=result.steps, loss=result.loss_last, seconds=train_s
+        )
+        self._handle(sv.Trained(round_id, update, self.config.telemetry.permitted(telemetry)))
+
+    def _sit_out(self, manifest: Manifest, reason: str) -> None:
+        self.report("training_failed", round=manifest.round_id.number, reason=reason)
+        self._handle(sv.TrainingFailed(manifest.round_id, reason))
+
+    def _stop_training(self, reason: str) -> None:
+        if self._run is not None:
+            self._run.steps.close()
+            self.report("training_stopped", round=self._run.manifest.round_id.number, reason=reason)
+            self._run = None
+
+    def _capability(self) -> sv.Capability:
+        return sv.Capability(
+            samples=self._model.dataset.samples if self._model else 0,
+            free_memory_bytes=readings.free_memory_bytes(),
+            codecs=codecs.available(),
+            runtime=self.runtime_name,
+            ttl_s=self.config.checkin.ttl_s,
+        )

@@ -1,0 +1,171 @@
+"""torch -> an ONNX graph of loss and outputs, with every parameter an input of the graph."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxscript.optimizer
+import torch
+from torch import nn
+
+from model_export.decompositions import decompose
+from model_export.errors import ExportError, UnsupportedModel
+from model_export.graph import OPSET, Graph, ValueType, from_proto, infer_types
+from model_export.model import Model, as_outputs
+from model_export.passes import drop_identities
+
+BATCH = "batch"
+
+
+class _WithLoss(nn.Module):
+    """(*inputs, target) -> (loss, *outputs)."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.module = model.module
+        self._loss = model.loss.exported
+
+    def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        *inputs, target = values
+        returned = self.module(*inputs)
+        return (self._loss(returned, target), *as_outputs(returned))
+
+
+def forward_graph(model: Model) -> Graph:
+    """Inputs: parameters by torch name, then inputs and target; outputs: ``loss`` of shape (), then the outputs.
+
+    The first dimension of inputs, target and outputs is the symbol "batch". Raises ExportError.
+    """
+    proto = _trace(model)
+    _keep_origin(proto)
+    graph = from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
+    values = [*model.input_specs, model.target_spec]
+    names = list(graph.inputs)[: len(values)]
+    graph.rename(dict(zip(names, [value.name for value in values], strict=True)))
+    graph.rename(
+        dict(zip(graph.outputs, ["loss", *(value.name for value in model.output_specs)], strict=True))
+    )
+    specs = {spec.name: spec for spec in model.specs}
+    graph.inputs = {
+        **{name: ValueType(np.dtype(np.float32), specs[name].shape) for name in specs},
+        **{value.name: ValueType(np.dtype(value.dtype), (BATCH, *value.shape)) for value in values},
+    }
+    for value in model.output_specs:
+        shape = graph.outputs[value.name].shape
+        if shape != (BATCH, *value.shape):
+            raise UnsupportedModel(
+                f"{value.name} has shape {shape} for any batch, not {(BATCH, *value.shape)}"
+            )
+    graph.types.update(graph.inputs)
+    drop_identities(graph)
+    infer_types(graph)
+    decompose(graph)
+    return graph
+
+
+def _trace(model: Model) -> onnx.ModelProto:
+    """Exports without optimising, makes parameters inputs, and only then folds constants.
+
+    The exporter's own optimiser would merge equal weights, transpose them or fuse them away.
+    """
+    inputs, target = model.batch(max(2, model.target.shape[0]))  # tracing takes a batch of 1 for a constant
+    batch = torch.export.Dim(BATCH, min=1)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                _WithLoss(model),
+                (*inputs, target),
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=False,
+                verbose=False,
+                dynamic_shapes=(tuple({0: batch} for _ in (*inputs, target)),),
+            )
+            if program is None:
+                raise ExportError("torch's exporter returned nothing")
+            _parameters_to_inputs(program.model, model)
+            onnxscript.optimizer.optimize_ir(program.model)
+            return program.model_proto
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(f"torch cannot export the model for any batch size: {_reason(error)}") from error
+
+
+def _parameters_to_inputs(ir: Any, model: Model) -> None:
+    """Moves every parameter from the initializers to the graph's inputs, under its torch name."""
+    prefix = "module."
+    canonical = {id(value): name for name, value in model.module.named_parameters()}
+    tied = {
+        name: canonical[id(value)] for name, value in model.module.named_parameters(remove_duplicate=False)
+    }
+    found: dict[str, Any] = {}
+    for key in [key for key in ir.graph.initializers if key.removeprefix(prefix) in tied]:
+        value = ir.graph.initializers.pop(key)
+        name = tied[key.removeprefix(prefix)]
+        if name in found:
+            value.replace_all_uses_with(found[name])
+            continue
+        value.const_value = None
+        value.name = name
+        found[name] = value
+        ir.graph.inputs.append(value)
+    if missing := [spec.name for spec in model.specs if spec.name not in found]:
+        raise UnsupportedModel(
+            f"the loss does not use the parameters {', '.join(missing[:10])}: use them in forward() or remove them"
+        )
+
+
+def _keep_origin(proto: onnx.ModelProto) -> None:
+    """Reduces the exporter's notes on each node to two words: the torch module and the torch operator."""
+    for node in proto.graph.node:
+        notes = {entry.key: entry.value for entry in node.metadata_props}
+        del node.metadata_props[:]
+        scopes = _list(notes.get("pkg.torch.onnx.name_scopes", ""))
+        classes = _list(notes.get("pkg.torch.onnx.class_hierarchy", ""))
+        if len(scopes) >= 2 and len(classes) >= 2:
+            path = scopes[-2].removeprefix("module").removeprefix(".")
+            kind = classes[-2].rsplit(".", 1)[-1]
+            module = "the loss" if kind == _WithLoss.__name__ else f"{path} ({kind})" if path else kind
+            onnx.helper.set_metadata_props(node, {"module": module, "torch_op": classes[-1]})
+
+
+def _list(text: str) -> list[str]:
+    try:
+        value = ast.literal_eval(text) if text else []
+    except (ValueError, SyntaxError):
+        return []
+    return [str(item) for item in value] if isinstance(value, list) else []
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's progress, advice and warnings off the terminal."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause's first line: the exporter wraps errors in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:400]}"

@@ -1,0 +1,230 @@
+"""What ``build()`` returns, checked: the model to export. Refuses what this version does not cover, by name."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from edge_runtime.protocol.artifact import MAX_TENSORS, TargetSpec, ValueSpec
+from edge_runtime.protocol.tensors import TensorSpec, Vector, flatten, layout
+from model_export.errors import ExportError, UnsupportedModel
+from model_export.losses import LOSSES, Loss, custom
+
+DTYPES = {
+    torch.bool: "bool",
+    torch.float32: "float32",
+    torch.int32: "int32",
+    torch.int64: "int64",
+    torch.uint8: "uint8",
+}
+TARGET = "target"
+RESERVED = frozenset(
+    "theta momentum accumulator gradient learning_rate momentum_coefficient max_grad_norm scale loss "
+    "grad_norm new_theta new_momentum new_accumulator target".split()
+)
+_LATER = "a later version will cover it"
+_UNSUPPORTED = {
+    nn.modules.batchnorm._NormBase: (
+        f"its statistics change in training; {_LATER}. Use GroupNorm, or LayerNorm, or none"
+    ),
+    nn.RNNBase: f"recurrent layers are not covered; {_LATER}",
+}
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in float32 with an example batch. ``specs``: its parameters in the order of named_parameters."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[torch.Tensor, ...]
+    target: torch.Tensor
+    loss: Loss
+    specs: tuple[TensorSpec, ...]
+    input_specs: tuple[ValueSpec, ...]
+    target_spec: TargetSpec
+    output_specs: tuple[ValueSpec, ...]
+
+    def theta(self) -> Vector:
+        """The parameters as they are now, float32 of shape (d,)."""
+        values = {name: value.detach().numpy() for name, value in self.module.named_parameters()}
+        return flatten(self.specs, values)
+
+    def batch(self, size: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """The example batch repeated or cut to ``size`` samples, contiguous."""
+        rows = torch.arange(size) % self.target.shape[0]
+        return tuple(value[rows].contiguous() for value in self.inputs), self.target[rows].contiguous()
+
+
+def as_outputs(value: object) -> tuple[torch.Tensor, ...]:
+    """What a module returned, as a tuple of tensors. Raises UnsupportedModel."""
+    outputs = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if not outputs or not all(isinstance(output, torch.Tensor) for output in outputs):
+        raise UnsupportedModel("the module must return a tensor or a tuple of tensors")
+    return outputs
+
+
+def check_model(build: Callable[[], object], name: str, seed: int) -> Model:
+    """Calls ``build`` with torch's generator at ``seed`` and checks what it returns.
+
+    ``name``: letters, digits, ``_ . -``. Raises UnsupportedModel or ExportError.
+    """
+    torch.manual_seed(seed)
+    returned = build()
+    if not isinstance(returned, tuple) or len(returned) != 4:
+        raise ExportError("build() must return (module, inputs, target, loss)")
+    module, inputs, target, loss = returned
+    if not isinstance(module, nn.Module):
+        raise ExportError(
+            f"the first thing build() returns must be a torch.nn.Module, not {type(module).__name__}"
+        )
+    if isinstance(inputs, torch.Tensor):
+        inputs = (inputs,)
+    if not isinstance(inputs, tuple | list) or not all(isinstance(value, torch.Tensor) for value in inputs):
+        raise ExportError("the second thing build() returns must be a tuple of example input tensors")
+    if not isinstance(target, torch.Tensor):
+        raise ExportError("the third thing build() returns must be an example target tensor")
+    inputs = tuple(inputs)
+    _check_batch((*inputs, target))
+    _check_module(module)
+    module.train()
+    chosen = _loss(loss)
+    outputs = _try(module, inputs, target, chosen)
+    return Model(
+        name=name,
+        module=module,
+        inputs=inputs,
+        target=target,
+        loss=chosen,
+        specs=layout([(key, value.shape) for key, value in module.named_parameters()]),
+        input_specs=tuple(
+            ValueSpec(key, DTYPES[value.dtype], tuple(value.shape[1:]))
+            for key, value in zip(_input_names(module, len(inputs)), inputs, strict=True)
+        ),
+        target_spec=TargetSpec(
+            TARGET,
+            DTYPES[target.dtype],
+            tuple(target.shape[1:]),
+            outputs[0].shape[1] if chosen.kind == "cross_entropy" else None,
+        ),
+        output_specs=tuple(
+            ValueSpec(
+                f"output_{i}" if len(outputs) > 1 else "output", DTYPES[value.dtype], tuple(value.shape[1:])
+            )
+            for i, value in enumerate(outputs)
+        ),
+    )
+
+
+def _check_batch(values: tuple[torch.Tensor, ...]) -> None:
+    for value in values:
+        if value.dtype not in DTYPES:
+            raise UnsupportedModel(f"an example is {value.dtype}; use one of {', '.join(DTYPES.values())}")
+        if value.ndim < 1 or value.shape[0] != values[0].shape[0] or 0 in value.shape:
+            raise ExportError(
+                "the example inputs and target must be batches of one size, with the batch first"
+            )
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ExportError("the example inputs and target must be finite")
+
+
+def _check_module(module: nn.Module) -> None:
+    for path, child in module.named_modules():
+        for kind, why in _UNSUPPORTED.items():
+            stateless = (
+                isinstance(child, nn.modules.instancenorm._InstanceNorm) and not child.track_running_stats
+            )
+            if isinstance(child, kind) and not stateless:
+                raise UnsupportedModel(f"{type(child).__name__} at {path or 'the top'}: {why}")
+        if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0:
+            raise UnsupportedModel(f"{type(child).__name__} at {path}: set its probability to 0; {_LATER}")
+    if buffers := [name for name, _ in module.named_buffers()]:
+        raise UnsupportedModel(
+            f"the module has buffers ({', '.join(buffers[:5])}); {_LATER}. Keep constants as plain tensors instead"
+        )
+    parameters = list(module.named_parameters())
+    if not parameters or len(parameters) > MAX_TENSORS:
+        raise UnsupportedModel(
+            f"the module has {len(parameters)} parameter tensors; 1 to {MAX_TENSORS} are allowed"
+        )
+    for name, value in parameters:
+        if value.dtype != torch.float32:
+            raise UnsupportedModel(f"parameter {name} is {value.dtype}; convert the module with .float()")
+        if not value.requires_grad:
+            raise UnsupportedModel(f"parameter {name} is frozen (requires_grad=False); {_LATER}")
+        if not _NAME.fullmatch(name):
+            raise UnsupportedModel(f"parameter {name!r}: a name is 1-200 of A-Z a-z 0-9 _ . -")
+        if not torch.isfinite(value).all():
+            raise ExportError(f"parameter {name} is not finite")
+
+
+def _loss(loss: object) -> Loss:
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise ExportError(
+                f"unknown loss {loss!r}; one of {', '.join(LOSSES)}, or a callable (outputs, target)"
+            )
+        return LOSSES[loss]
+    if not callable(loss):
+        raise ExportError(
+            f"the loss must be one of {', '.join(LOSSES)} or a callable, not {type(loss).__name__}"
+        )
+    return custom(loss)
+
+
+def _try(
+    module: nn.Module, inputs: tuple[torch.Tensor, ...], target: torch.Tensor, loss: Loss
+) -> tuple[torch.Tensor, ...]:
+    """Runs the model once in torch, so that its own mistakes are told apart from ours."""
+    try:
+        returned = module(*inputs)
+    except Exception as error:
+        raise ExportError(f"the module does not run on the example inputs: {_first_line(error)}") from error
+    outputs = as_outputs(returned)
+    if loss.kind != "custom" and isinstance(returned, tuple | list):
+        raise ExportError(
+            f"the module returns several outputs; {loss.kind} takes one tensor: pass a callable"
+        )
+    if loss.kind == "cross_entropy" and (outputs[0].ndim < 2 or target.dtype != torch.int64):
+        raise ExportError("cross_entropy takes outputs (batch, classes, ...) and an int64 target of labels")
+    if loss.kind in ("mse", "bce_with_logits") and outputs[0].shape != target.shape:
+        raise ExportError(
+            f"{loss.kind} takes a target of the output's shape {tuple(outputs[0].shape)}, not {tuple(target.shape)}"
+        )
+    try:
+        value = loss.reference(returned, target)
+    except Exception as error:
+        raise ExportError(f"the loss does not run on the example: {_first_line(error)}") from error
+    if not isinstance(value, torch.Tensor) or value.shape != () or value.dtype != torch.float32:
+        shape = getattr(value, "shape", type(value).__name__)
+        raise UnsupportedModel(f"the loss must be one float32 number of shape (), not {shape}: take the mean")
+    if not torch.isfinite(value):
+        raise ExportError("the loss is not finite on the example")
+    for output in outputs:
+        if output.ndim < 1 or output.shape[0] != target.shape[0] or output.dtype not in DTYPES:
+            raise UnsupportedModel(f"every output must have the batch first, not shape {tuple(output.shape)}")
+    return outputs
+
+
+def _input_names(module: nn.Module, count: int) -> list[str]:
+    """The names of forward's arguments where they can be names in the graphs."""
+    taken = {name for name, _ in module.named_parameters()} | RESERVED
+    names = [
+        parameter.name
+        for parameter in inspect.signature(module.forward).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    usable = len(names) >= count and not any(
+        name in taken or name.startswith("output") for name in names[:count]
+    )
+    return names[:count] if usable else [f"input_{i}" for i in range(count)]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"

@@ -1,0 +1,81 @@
+"""The digits data of scikit-learn, split over devices as unevenly as real fleets are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+ALPHA = 0.3
+HELD_OUT = 0.2
+LEAST_SAMPLES = 10
+CLASSES = 10
+_PIXEL_MAX = 16.0
+_MAX_DRAWS = 10_000
+
+Images = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+Rows = npt.NDArray[np.intp]
+
+
+class Samples(NamedTuple):
+    """``x``: float32 (n, 1, 8, 8) in [0, 1], C-contiguous; ``y``: int64 (n,) in [0, 10)."""
+
+    x: Images
+    y: Labels
+
+    def take(self, rows: Rows) -> Samples:
+        return Samples(np.ascontiguousarray(self.x[rows]), self.y[rows])
+
+
+class Split(NamedTuple):
+    """``held_out``: seen by nobody; ``pooled``: all the devices' samples; ``devices``: the parts of ``pooled``."""
+
+    held_out: Samples
+    pooled: Samples
+    devices: tuple[Samples, ...]
+
+
+def load_split(devices: int, seed: int) -> Split:
+    """1,797 digits: 20 % held out, stratified by class; the rest by ``dirichlet_parts``. A function of its arguments."""
+    digits: Any = load_digits()
+    images = (digits.images / _PIXEL_MAX).astype(np.float32)[:, np.newaxis]
+    labels = digits.target.astype(np.int64)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=HELD_OUT, stratify=labels, random_state=seed
+    )
+    everything = Samples(images, labels)
+    pooled = everything.take(train)
+    parts = dirichlet_parts(pooled.y, devices, np.random.default_rng(seed))
+    return Split(everything.take(test), pooled, tuple(pooled.take(rows) for rows in parts))
+
+
+def dirichlet_parts(
+    labels: Labels, parts: int, rng: np.random.Generator, *, alpha: float = ALPHA, least: int = LEAST_SAMPLES
+) -> list[Rows]:
+    """Every row to exactly one part, sorted; ``parts`` arrays of at least ``least`` rows each.
+
+    The rows of each class are cut by a Dirichlet(alpha) draw over the parts (Hsu et al. 2019, arXiv 1909.06335). A
+    split with a smaller part is drawn again as a whole, so the one kept is Dirichlet, conditioned on that size.
+    Raises ValueError when no draw is large enough: too many parts for the rows.
+    """
+    for _ in range(_MAX_DRAWS if parts * least <= len(labels) else 0):
+        pieces: list[list[Rows]] = [[] for _ in range(parts)]
+        for label in np.unique(labels):
+            rows = rng.permutation(np.flatnonzero(labels == label))
+            shares = np.cumsum(rng.dirichlet([alpha] * parts))[:-1]
+            for piece, cut in zip(pieces, np.split(rows, np.rint(shares * len(rows)).astype(int)), strict=True):
+                piece.append(cut)
+        joined = [np.sort(np.concatenate(piece)) for piece in pieces]
+        if min(map(len, joined)) >= least:
+            return joined
+    raise ValueError(f"{len(labels)} rows cannot be split over {parts} parts of at least {least}: use fewer parts")
+
+
+def write_npz(path: Path, samples: Samples) -> None:
+    """As a device reads it: arrays ``x`` and ``y`` (``edge_runtime.data``)."""
+    np.savez(path, allow_pickle=False, x=samples.x, y=samples.y)
