@@ -6,49 +6,14 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from edge_runtime.data import DataSource, NpzFile, PythonFunction
 from edge_runtime.protocol.messages import MAX_TTL_S, Telemetry
 from edge_runtime.settings import BadSetting, ConfigError, Problem, load, read_secret_file, require
+from edge_runtime.transport.broker_config import BrokerConfig
 
 PYTHON_PREFIX = "python:"
 _HEX_SEED = re.compile(rb"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BrokerConfig:
-    """``url`` None: the enrolment token brings it. Files are PEM; ``password_file`` holds the password alone."""
-
-    url: str | None = None
-    ca_file: Path | None = None
-    cert_file: Path | None = None
-    key_file: Path | None = None
-    username: str | None = None
-    password_file: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.url is not None:
-            _check_broker_url(self.url)
-            tls = self.ca_file or self.cert_file or self.key_file
-            require(
-                tls is None or self.url.startswith("mqtts:"),
-                "url",
-                self.url,
-                "ca_file, cert_file and key_file need mqtts://",
-            )
-        require(
-            (self.cert_file is None) == (self.key_file is None),
-            "cert_file" if self.key_file is None else "key_file",
-            None if self.key_file is None else self.key_file,
-            "cert_file and key_file come together",
-        )
-        require(
-            self.password_file is None or self.username is not None,
-            "username",
-            None,
-            "a password needs a username (MQTT 3.1.1)",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,16 +126,3 @@ def _read_source(value: object, folder: Path) -> DataSource:
     if not value.endswith(".npz") or "\0" in value:
         raise BadSetting("", f'"{value[:80]}"', "expected a file.npz or python:module:function")
     return NpzFile(folder / Path(value).expanduser())
-
-
-def _check_broker_url(url: str) -> None:
-    allowed = "mqtt://host[:port] or mqtts://host[:port]"
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        raise BadSetting("url", "not a URL", allowed) from None
-    if "@" in url:  # before anything that repeats the URL
-        raise BadSetting("url", "a URL with a user in it", "use username and password_file")
-    well_formed = parts.scheme in ("mqtt", "mqtts") and host and parts.path in ("", "/") and port != 0
-    require(bool(well_formed and not parts.query and not parts.fragment), "url", url, allowed)

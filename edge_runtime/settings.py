@@ -207,9 +207,7 @@ def _converter(folder: Path, readers: Mapping[object, Reader]) -> Converter:
     converter.register_structure_hook(float, number)
     converter.register_structure_hook(Path, location)
     converter.register_structure_hook_func(lambda kind: _origin(kind) is Literal, choice)
-    converter.register_structure_hook_func(
-        lambda kind: isinstance(kind, type) and issubclass(kind, Enum), choice
-    )
+    converter.register_structure_hook(Enum, choice)
     converter.register_structure_hook_func(lambda kind: _origin(kind) is tuple, sequence)
     converter.register_structure_hook_factory(dataclasses.is_dataclass, section)
     for own, reader in readers.items():

@@ -38,7 +38,8 @@ def build_artifact(
 ) -> Result:
     """Exports what ``build`` returns; the same source and seed give the same bytes.
 
-    ``progress`` is told each of STAGES as it begins. Raises ExportError (UnsupportedModel, MissingRule, ParityError).
+    ``progress`` is told each of STAGES as it begins.
+    Raises ExportError: UnsupportedModel, MissingRule, ParityError.
     """
     progress(STAGES[0])
     model = check_model(build, name, seed)

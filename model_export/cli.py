@@ -23,7 +23,7 @@ _err = Console(stderr=True)
 
 @app.callback()
 def _commands() -> None:
-    """Turn a PyTorch model into an artifact: ONNX graphs that any small device can train with stock ONNX Runtime."""
+    """Turn a PyTorch model into ONNX graphs that any small device trains with stock ONNX Runtime: an artifact."""
 
 
 @app.command()

@@ -9,11 +9,11 @@ class ExportError(FleetgradError):
     """The model cannot be exported."""
 
 
-class UnsupportedModel(ExportError):  # noqa: N818 - reads as what it says
+class UnsupportedModel(ExportError):
     """Something in the model (a module, dtype, buffer, shape) is not covered by this version."""
 
 
-class MissingRule(ExportError):  # noqa: N818
+class MissingRule(ExportError):
     """An operator on the way from a parameter to the loss has no gradient rule, or not in this form."""
 
 

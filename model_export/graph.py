@@ -169,7 +169,7 @@ def _node(proto: onnx.NodeProto) -> Node:
     for attribute in proto.attribute:
         if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
             raise UnsupportedModel(
-                f"the model holds control flow ({proto.op_type}); write it without loops and branches on tensor values"
+                f"the model holds control flow ({proto.op_type}); write it without branches on tensor values"
             )
         value = helper.get_attribute_value(attribute)
         if isinstance(value, onnx.TensorProto):
@@ -190,7 +190,7 @@ def _node(proto: onnx.NodeProto) -> Node:
 
 
 def _make_node(node: Node) -> onnx.NodeProto:
-    attributes = {
+    attributes: dict[str, Any] = {
         name: numpy_helper.from_array(value) if isinstance(value, np.ndarray) else value
         for name, value in sorted(node.attributes.items())
     }

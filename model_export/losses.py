@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 Outputs = Any  # what the module returns: a tensor or a tuple of them
 LossFunction = Callable[[Outputs, torch.Tensor], torch.Tensor]
@@ -24,18 +24,18 @@ class Loss:
 
 def _cross_entropy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     # Labels are range-checked on the device, so the exporter's mask for ignored labels is left out.
-    return -F.log_softmax(output, dim=1).gather(1, target.unsqueeze(1)).mean()
+    return -functional.log_softmax(output, dim=1).gather(1, target.unsqueeze(1)).mean()
 
 
 def _bce_with_logits(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     # The exporter would write log(sigmoid(x)), which is -inf from x = -104 down.
-    return (F.softplus(output) - output * target).mean()
+    return (functional.softplus(output) - output * target).mean()
 
 
 LOSSES: Mapping[str, Loss] = {
-    "bce_with_logits": Loss("bce_with_logits", F.binary_cross_entropy_with_logits, _bce_with_logits),
-    "cross_entropy": Loss("cross_entropy", F.cross_entropy, _cross_entropy),
-    "mse": Loss("mse", F.mse_loss, F.mse_loss),
+    "bce_with_logits": Loss("bce_with_logits", functional.binary_cross_entropy_with_logits, _bce_with_logits),
+    "cross_entropy": Loss("cross_entropy", functional.cross_entropy, _cross_entropy),
+    "mse": Loss("mse", functional.mse_loss, functional.mse_loss),
 }
 
 

@@ -24,8 +24,10 @@ DTYPES = {
 }
 TARGET = "target"
 RESERVED = frozenset(
-    "theta momentum accumulator gradient learning_rate momentum_coefficient max_grad_norm scale loss "
-    "grad_norm new_theta new_momentum new_accumulator target".split()
+    {
+        *("theta", "momentum", "accumulator", "gradient", "new_theta", "new_momentum", "new_accumulator"),
+        *("learning_rate", "momentum_coefficient", "max_grad_norm", "scale", "loss", "grad_norm", TARGET),
+    }
 )
 _LATER = "a later version will cover it"
 _UNSUPPORTED = {

@@ -97,12 +97,12 @@ def _check_gradients(model: Model, artifact: Artifact, session: TrainingSession,
 
 
 def _check_steps(model: Model, session: TrainingSession) -> list[Check]:
-    """Two steps, the gradient clipped to half its norm, fused and by way of the accumulator, against torch.optim."""
+    """Two steps, clipped to half the gradient's norm, fused and through the accumulator, against torch.optim."""
     size = batch_sizes(model)[0]
     inputs, target = _arrays(model, size)
     module, doubles, target64 = _double(model, size)
     optimizer = torch.optim.SGD(module.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
-    norms = []
+    norms: list[float] = []
     max_norm = 0.0
     for _ in range(2):
         optimizer.zero_grad()

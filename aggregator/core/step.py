@@ -114,13 +114,13 @@ class Aggregated:
     excluded: tuple[tuple[DeviceId, Reject], ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class AggregationFailed:
     round_id: RoundId
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class VersionPublished:
     round_id: RoundId
 

@@ -104,7 +104,9 @@ rounds = Table(
     Column("round", BigInteger, primary_key=True, autoincrement=False),
     Column("phase", String(16), nullable=False),
     Column("base_version", BigInteger, nullable=False),
-    Column("opened_seq", BigInteger, nullable=False),  # of its RoundOpened in the journal: recovery starts there
+    Column(
+        "opened_seq", BigInteger, nullable=False
+    ),  # of its RoundOpened in the journal: recovery starts there
     Column("opened_at", Float(53), nullable=False),
     Column("closed_at", Float(53)),  # published or aborted
     Column("cohort_size", Integer, nullable=False),

@@ -90,7 +90,7 @@ class OrtSession:
         return float(loss)
 
     def gradient(self) -> Vector:
-        return self._accumulator.now.copy()
+        return np.array(self._accumulator.now)
 
     def apply(self, *, learning_rate: float, momentum: float, max_grad_norm: float) -> float:
         (norm,) = self._graph("apply_sgd.onnx").run(
@@ -105,7 +105,7 @@ class OrtSession:
         return float(norm)
 
     def theta(self) -> Vector:
-        return self._theta.now.copy()
+        return np.array(self._theta.now)
 
     def evaluate(self, theta: Vector, inputs: Sequence[Array], target: Array) -> Evaluation:
         check_vector(self._artifact.manifest.parameter_count, theta)
@@ -138,11 +138,12 @@ class _Pair:
     """A vector of shape (d,) and its successor. On the CPU an OrtValue shares its memory with the numpy array."""
 
     def __init__(self, runtime: Any, d: int) -> None:
-        self._arrays = [np.zeros(d, np.float32), np.zeros(d, np.float32)]
+        self._arrays: list[Vector] = [np.zeros(d, np.float32), np.zeros(d, np.float32)]
         self._values = [runtime.OrtValue.ortvalue_from_numpy(array) for array in self._arrays]
 
     @property
     def now(self) -> Vector:
+        """The current array."""
         return self._arrays[0]
 
     @property
@@ -174,7 +175,7 @@ class _Graph:
         self._name = name
         try:
             self._session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # noqa: BLE001 - the runtime's errors share no public base class
+        except Exception as error:  # the runtime's errors share no public base class
             raise BackendError(
                 f"onnxruntime {runtime.__version__} cannot load {name}: {_first_line(error)}"
             ) from error
@@ -200,7 +201,7 @@ class _Graph:
                 binding.bind_ortvalue_output(f"new_{name}", pair.successor)
             self._session.run_with_iobinding(binding)
             results: list[Array] = binding.copy_outputs_to_cpu()[: len(fetch)]
-        except Exception as error:  # noqa: BLE001 - the runtime's errors share no public base class
+        except Exception as error:  # the runtime's errors share no public base class
             raise BackendError(f"onnxruntime failed in {self._name}: {_first_line(error)}") from error
         return results
 

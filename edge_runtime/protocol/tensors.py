@@ -99,7 +99,7 @@ def vector_to_bytes(theta: Vector) -> bytes:
 
 
 def vector_from_bytes(d: int, raw: bytes) -> Vector:
-    """The inverse of vector_to_bytes: a new, writable vector of shape (d,). Raises TensorError on another length."""
+    """The inverse of vector_to_bytes: a new, writable vector of shape (d,). Raises TensorError unless 4 d bytes."""
     if len(raw) != 4 * d:
         raise TensorError(f"the vector has {len(raw)} bytes, expected {4 * d} for {d} parameters")
     return np.frombuffer(raw, "<f4").astype(np.float32)

@@ -1,4 +1,4 @@
-"""One MQTT connection, from CONNECT to its end: paho-mqtt 2 behind an event loop of ours. Only this module imports paho."""
+"""One MQTT connection, from CONNECT to its end: paho-mqtt 2 in a loop of ours. Only this module imports paho."""
 
 from __future__ import annotations
 

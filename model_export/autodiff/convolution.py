@@ -121,31 +121,33 @@ def _turned(b: Builder, g: _Geometry, weight: str) -> str:
 
 def _weight_gradient(b: Builder, g: _Geometry, x: str, dy: str) -> str:
     """One strided slice of the padded input per kernel tap, then one matrix product over batch and positions."""
-    ins, outs, positions = g.channels_in // g.groups, g.channels_out // g.groups, int(np.prod(g.size_out))
+    ins, outs = g.channels_in // g.groups, g.channels_out // g.groups
+    depthwise = ins == outs == 1
     if any(g.before) or any(g.after):
         x = b.op("Pad", x, b.ints(0, 0, *g.before, 0, 0, *g.after))
+    if not depthwise:
+        x = b.op("Transpose", x, perm=[1, 0, *g.spatial])
     taps = [_tap(b, g, x, offset) for offset in np.ndindex(*g.kernel)]
-    if ins == outs == 1:  # depthwise: a product and a sum per tap
+    if depthwise:  # a product and a sum per tap
         sums = [b.op("ReduceSum", b.op("Mul", tap, dy), b.ints(0, *g.spatial), keepdims=0) for tap in taps]
         stacked = b.op("Concat", *(b.op("Unsqueeze", total, b.ints(1)) for total in sums), axis=1)
         return b.op("Reshape", stacked, b.ints(g.channels_out, 1, *g.kernel))
-    # (batch, groups, ins * taps, positions): the taps of one channel side by side
-    columns = [b.op("Reshape", tap, b.ints(-1, g.groups, ins, 1, positions)) for tap in taps]
-    joined = columns[0] if len(columns) == 1 else b.op("Concat", *columns, axis=3)
-    joined = b.op("Transpose", joined, perm=[1, 2, 3, 0, 4])
-    spread = b.op("Transpose", b.op("Reshape", dy, b.ints(-1, g.groups, outs, positions)), perm=[1, 2, 0, 3])
+    # rows (outs, batch * positions) times columns (taps * ins, batch * positions) transposed, in each group
+    columns = [b.op("Reshape", tap, b.ints(g.groups, ins, -1)) for tap in taps]
+    joined = columns[0] if len(columns) == 1 else b.op("Concat", *columns, axis=1)
+    rows = b.op("Transpose", dy, perm=[1, 0, *g.spatial])
     if g.groups == 1:
-        rows = b.op("Reshape", spread, b.ints(outs, -1))
-        product = b.op("Gemm", rows, b.op("Reshape", joined, b.ints(ins * len(taps), -1)), transB=1)
+        joined = b.op("Reshape", joined, b.ints(len(taps) * ins, -1))
+        product = b.op("Gemm", b.op("Reshape", rows, b.ints(outs, -1)), joined, transB=1)
     else:
-        rows = b.op("Reshape", spread, b.ints(g.groups, outs, -1))
-        matrix = b.op("Reshape", joined, b.ints(g.groups, ins * len(taps), -1))
-        product = b.op("MatMul", rows, b.op("Transpose", matrix, perm=[0, 2, 1]))
-    return b.op("Reshape", product, b.ints(g.channels_out, ins, *g.kernel))
+        rows = b.op("Reshape", rows, b.ints(g.groups, outs, -1))
+        product = b.op("MatMul", rows, b.op("Transpose", joined, perm=[0, 2, 1]))
+    product = b.op("Reshape", product, b.ints(g.channels_out, len(taps), ins))
+    return b.op("Reshape", b.op("Transpose", product, perm=[0, 2, 1]), b.ints(g.channels_out, ins, *g.kernel))
 
 
 def _tap(b: Builder, g: _Geometry, padded: str, offset: tuple[int, ...]) -> str:
-    """What one kernel tap sees at every output position: (batch, channels_in, *size_out)."""
+    """What one kernel tap sees at every output position: (., ., *size_out)."""
     starts = [index * d for index, d in zip(offset, g.dilation, strict=True)]
     ends = [start + (out - 1) * s + 1 for start, out, s in zip(starts, g.size_out, g.stride, strict=True)]
     return b.op("Slice", padded, b.ints(*starts), b.ints(*ends), b.ints(*g.spatial), b.ints(*g.stride))

@@ -1,0 +1,436 @@
+"""The aggregator between broker and disk: verify, decide, commit, and only then act.
+
+``handle`` takes a batch of messages through one commit; ``outgoing`` is what may be published after it. Nothing
+leaves before the commit it speaks of, so a crash anywhere loses nothing that was promised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from aggregator.blob_server import BlobServer
+from aggregator.core import step as core
+from aggregator.core.records import Record
+from aggregator.core.state import State, apply
+from aggregator.intake import (
+    CheckInRequest,
+    FetchRequest,
+    Intake,
+    KnownDevice,
+    TelemetryReport,
+    UpdatePiece,
+    open_update,
+)
+from aggregator.ledger.ledger import Ledger
+from aggregator.ledger.values import Batch, Count, DeviceSeen, Piece
+from aggregator.round_keys import RoundKeyMissing, RoundKeys
+from aggregator.round_maker import RoundMaker
+from aggregator.rules.mean import aggregate, decode_update
+from aggregator.update_inbox import UpdateInbox
+from aggregator.versions import VersionStore
+from edge_runtime.protocol import topics
+from edge_runtime.protocol.errors import LocalProtocolError, RemoteProtocolError
+from edge_runtime.protocol.identities import DeviceCertificate, SignedBytes
+from edge_runtime.protocol.ids import DeviceId, Digest, FederationId, RoundId
+from edge_runtime.protocol.messages import Receipt, Telemetry
+from edge_runtime.protocol.plan import Plan
+from edge_runtime.protocol.rejects import Reject
+from edge_runtime.protocol.rounds import FederationState, Phase, Verdict
+from edge_runtime.protocol.tensors import Vector
+
+Report = Callable[..., None]
+"""``report(event, **fields)``: what happens, for the log and the terminal."""
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """To publish after the commit."""
+
+    topic: str
+    payload: bytes
+    retain: bool = False
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A message of the broker."""
+
+    topic: str
+    payload: bytes
+
+
+@dataclass
+class _Work:
+    """What one batch gathers before its commit."""
+
+    records: list[Record] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    devices: dict[DeviceId, DeviceSeen] = field(default_factory=dict)
+    telemetry: list[tuple[DeviceId, Telemetry]] = field(default_factory=list)
+    counts: Counter[Reject | Count] = field(default_factory=Counter)
+    forget: list[RoundId] = field(default_factory=list)
+    effects: deque[core.Effect] = field(default_factory=deque)
+    outgoing: list[Outgoing] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """One thread calls it. ``clock``: seconds since 1970; ``run_seed``: 32 secret bytes for the selection."""
+
+    federation: FederationId
+    rules: core.RoundRules
+    plan: Plan
+    run_seed: bytes
+    ledger: Ledger
+    updates: UpdateInbox
+    keys: RoundKeys
+    versions: VersionStore
+    maker: RoundMaker
+    blobs: BlobServer
+    clock: Callable[[], float]
+    report: Report
+    keep_updates: bool = False
+    state: State = field(init=False)
+    intake: Intake = field(init=False)
+    finished: bool = field(default=False, init=False)
+    wake_at: float | None = field(default=None, init=False)
+    outgoing: list[Outgoing] = field(default_factory=list, init=False)
+    _known: dict[DeviceId, KnownDevice] = field(default_factory=dict, init=False)
+    _theta: Vector = field(init=False)
+    _manifest: bytes | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        identity = self.maker.identity
+        self.intake = Intake(
+            federation=self.federation,
+            provider=self.maker.provider,
+            root=identity.root,
+            sealing_key=identity.sealing_key,
+            lookup=self._lookup,
+        )
+        self.state = self.ledger.load_state()
+        if identity.generation > self.state.generation:
+            self.state.generation = identity.generation
+
+    # ---- entrances ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Recover: what the journal says is open goes on, from exactly the bytes it had."""
+        current = self.state.round
+        open_round = current if current is not None and current.phase is not Phase.PUBLISHED else None
+        if open_round is not None and open_round.phase is Phase.ABORTED:
+            open_round = None
+        self.keys.destroy_all_but(open_round.round_id if open_round else None)
+        self._theta = self._read_theta(self.state.version)
+        if open_round is None:
+            self._rest(FederationState.WAITING)
+        else:
+            self.updates.restore(self.ledger.pieces_of(open_round.round_id))
+            if open_round.phase is Phase.COLLECTING:
+                self.maker.offer_again(tuple(open_round.cohort), self._theta)
+            self.report("resumed", round=open_round.round_id.number, phase=open_round.phase.value)
+        self._decide(core.Recovered())
+
+    def handle(self, batch: Sequence[Incoming]) -> None:
+        """Verify and commit a batch. After it returns the messages may be acknowledged to the broker."""
+        work = _Work()
+        for message in batch:
+            try:
+                self._take(message, work)
+            except RemoteProtocolError as error:
+                work.counts[error.reject] += 1
+                self.report(
+                    "refused", topic=message.topic, reject=error.reject.name.lower(), detail=error.detail
+                )
+        self._commit(work)
+        self.tick()
+
+    def tick(self) -> None:
+        """Time has passed: deadlines, waves, the next round."""
+        now = self.clock()
+        if self.wake_at is None or now >= self.wake_at or self._resting():
+            self._decide(core.Tick())
+        self.outgoing += [Outgoing(topic, payload) for topic, payload in self.blobs.due(now)]
+
+    def next_wake(self) -> float | None:
+        """When ``tick`` is wanted at the latest."""
+        times = [at for at in (self.wake_at, self.blobs.wake_at()) if at is not None]
+        return min(times, default=None)
+
+    def announce(self) -> None:
+        """Publish the current manifest again, for a broker that may have forgotten it."""
+        if self._manifest is not None:
+            self.outgoing.append(Outgoing(topics.manifest(self.federation), self._manifest, retain=True))
+
+    # ---- messages -----------------------------------------------------------------------------------
+
+    def _take(self, message: Incoming, work: _Work) -> None:
+        request = self.intake.accept(message.topic, message.payload)
+        match request:
+            case CheckInRequest():
+                self._check_in(request, work)
+            case FetchRequest():
+                self.blobs.request(self.clock(), request.device, request.fetch)
+            case TelemetryReport():
+                work.telemetry.append((request.device, request.telemetry))
+                self._saw(request.device, request.header.sequence, work)
+            case UpdatePiece():
+                work.counts[Count.BYTES_UP] += len(message.payload)
+                self._update(request, work)
+
+    def _check_in(self, request: CheckInRequest, work: _Work) -> None:
+        sequence = request.header.sequence
+        self._known[request.device] = KnownDevice(
+            signing_key=request.certificate.signing_key,
+            epoch=request.certificate.epoch,
+            last_sequence=sequence,
+        )
+        work.devices[request.device] = DeviceSeen(
+            device=request.device,
+            signing_key=request.certificate.signing_key,
+            certificate=request.checkin.certificate,
+            sequence=sequence,
+        )
+        event = core.CheckInArrived(
+            device=request.device,
+            sequence=sequence,
+            ttl_s=request.checkin.ttl_s,
+            samples=request.checkin.samples,
+            codecs=request.checkin.codecs,
+        )
+        self._step(event, work)
+
+    def _saw(self, device: DeviceId, sequence: int, work: _Work) -> None:
+        known = self._known[device]
+        self._known[device] = dataclasses.replace(known, last_sequence=sequence)
+        row = work.devices.get(device) or self.ledger.device(device)
+        if row is None:
+            raise LocalProtocolError(f"{device} is known but not in the ledger")
+        work.devices[device] = DeviceSeen(
+            device=device, signing_key=row.signing_key, certificate=row.certificate, sequence=sequence
+        )
+
+    def _update(self, request: UpdatePiece, work: _Work) -> None:
+        header, device = request.envelope.header, request.device
+        round_id, digest = header.round_id, header.payload_digest
+
+        def answer(verdict: Verdict, reject: Reject | None = None, samples: int = 0) -> None:
+            receipt = Receipt(verdict=verdict, reject=reject, update_digest=digest, counted_samples=samples)
+            payload = self.maker.receipt(device, round_id, header.manifest_digest, receipt)
+            work.outgoing.append(Outgoing(topics.down(self.federation, device), payload))
+
+        try:
+            settled = core.screen(self.state, device, round_id, header.manifest_digest, digest)
+            if settled is Verdict.LATE:
+                settled = self._settled_earlier(round_id, device, digest)
+            if isinstance(settled, Reject):
+                raise RemoteProtocolError(settled, f"update of {device} for round {tuple(round_id)}")
+            if settled is not None:
+                work.counts[Count.DUPLICATE if settled is Verdict.STORED else Count.LATE] += 1
+                self.report(
+                    f"update_{settled.name.lower()}_again" if settled is Verdict.STORED else "update_late",
+                    round=round_id.number,
+                    device=device,
+                )
+                answer(settled)
+                return
+            samples = self._store(request, work)
+        except RemoteProtocolError as error:
+            answer(Verdict.REJECTED, error.reject)
+            raise
+        if samples is not None:
+            counted = min(samples, self.plan.sample_cap)
+            event = core.UpdateArrived(device=device, round_id=round_id, digest=digest, samples=counted)
+            self._step(event, work)
+            self.report("update_stored", round=round_id.number, device=device, samples=counted)
+
+    def _settled_earlier(self, round_id: RoundId, device: DeviceId, digest: Digest) -> Verdict | Reject:
+        row = self.ledger.find_update(round_id, device)
+        if row is None:
+            return Verdict.LATE
+        return Verdict.STORED if row.digest == digest else Reject.CONFLICTING
+
+    def _store(self, request: UpdatePiece, work: _Work) -> int | None:
+        """The sample count of an update that is complete and usable; None while pieces are missing."""
+        header, device = request.envelope.header, request.device
+        sealed: bytes | None = request.envelope.body
+        samples = None
+        if header.chunk_count == 1:  # looked into before a byte is written
+            samples = self._look_inside(header.round_id, request, request.envelope.body)
+        piece, sealed = self.updates.add(device, header, request.envelope.body)
+        if samples is None and sealed is not None:
+            try:
+                samples = self._look_inside(header.round_id, request, sealed)
+            except RemoteProtocolError:
+                self.updates.forget(header.round_id, device, header.payload_digest)
+                raise
+        if piece is not None:
+            work.pieces.append(piece)
+        return samples
+
+    def _look_inside(self, round_id: RoundId, request: UpdatePiece, sealed: bytes) -> int:
+        try:
+            key = self.keys.get(round_id)
+        except RoundKeyMissing as error:
+            raise RemoteProtocolError(Reject.BAD_SEAL, str(error)) from error
+        update = open_update(self.maker.provider, key, request.envelope.header, sealed)
+        decode_update(update, self.plan, self.versions.parameter_count)
+        return update.samples
+
+    # ---- decisions, commits, effects ----------------------------------------------------------------
+
+    def _step(self, event: core.Event, work: _Work) -> None:
+        decision = core.step(self.state, self.rules, self.run_seed, self.clock(), event)
+        for record in decision.records:
+            apply(self.state, record)
+        work.records += decision.records
+        work.effects += decision.effects
+        self.wake_at = decision.wake_at
+
+    def _decide(self, event: core.Event) -> None:
+        work = _Work()
+        self._step(event, work)
+        self._commit(work)
+
+    def _commit(self, work: _Work) -> None:
+        """Make durable, then run the effects; what they lead to is committed in turn."""
+        while True:
+            if work.pieces:
+                self.updates.inbox.sync()
+            batch = Batch(
+                records=tuple(work.records),
+                pieces=tuple(work.pieces),
+                devices=tuple(work.devices.values()),
+                telemetry=tuple(work.telemetry),
+                counts=dict(work.counts),
+                forget_pieces=tuple(work.forget),
+            )
+            if batch != Batch():
+                self.ledger.commit(batch)
+            for round_id in work.forget:
+                self.updates.inbox.delete_round(round_id)
+            self.outgoing += work.outgoing
+            if not work.effects:
+                return
+            effects, work = work.effects, _Work()
+            for effect in effects:
+                self._perform(effect, work)
+
+    def _perform(self, effect: core.Effect, work: _Work) -> None:
+        match effect:
+            case core.PrepareRound():
+                event = self.maker.prepare(effect, self._theta)
+                self._step(event, work)
+                self.report(
+                    "round_opened",
+                    round=effect.round_id.number,
+                    cohort=list(effect.cohort),
+                    base_version=effect.base_version,
+                )
+            case core.PublishManifest():
+                self._publish_manifest(effect.manifest, work)
+            case core.SendReceipt():
+                current = self.state.round
+                digest = current.manifest_digest if current else None
+                receipt = Receipt(
+                    verdict=effect.verdict,
+                    reject=None,
+                    update_digest=effect.digest,
+                    counted_samples=effect.samples,
+                )
+                payload = self.maker.receipt(effect.device, effect.round_id, digest, receipt)
+                work.outgoing.append(Outgoing(topics.down(self.federation, effect.device), payload))
+            case core.Aggregate():
+                self._aggregate(effect, work)
+            case core.PublishVersion():
+                self._publish_version(effect, work)
+            case core.CloseRound():
+                self._clean_up(effect.round_id, work)
+                self.report("round_aborted", round=effect.round_id.number)
+            case core.Finish():
+                if not self.finished:
+                    self.finished = True
+                    self._rest(FederationState.FINISHED)
+                    self.report("finished", version=effect.version)
+
+    def _aggregate(self, effect: core.Aggregate, work: _Work) -> None:
+        current = self.state.round
+        if current is None:
+            raise LocalProtocolError("nothing to aggregate")
+        self.report("round_frozen", round=effect.round_id.number, accepted=list(effect.accepted))
+        accepted = tuple((device, self.state.stored[device].digest) for device in effect.accepted)
+        try:
+            stream = self.updates.updates(
+                effect.round_id, current.manifest_digest, accepted, lambda: self.keys.get(effect.round_id)
+            )
+            theta, count, excluded = aggregate(self._theta, stream, self.plan)
+        except RoundKeyMissing as error:
+            self._step(core.AggregationFailed(effect.round_id, str(error)), work)
+            return
+        if count < self.rules.minimum:
+            reason = f"{count} of at least {self.rules.minimum} updates could be read back"
+            self._step(core.AggregationFailed(effect.round_id, reason), work)
+            return
+        digest = self.versions.write_parameters(effect.base_version + 1, theta)
+        self._step(core.Aggregated(round_id=effect.round_id, model_digest=digest, excluded=excluded), work)
+
+    def _publish_version(self, effect: core.PublishVersion, work: _Work) -> None:
+        self._theta = self._read_theta(effect.version)
+        current = self.state.round
+        accepted = list(current.accepted) if current else []
+        folder = self.versions.publish(
+            effect.version,
+            self._theta,
+            {"federation": self.federation, "round": effect.round_id.number, "accepted": len(accepted)},
+        )
+        self._clean_up(effect.round_id, work)
+        self._step(core.VersionPublished(effect.round_id), work)
+        self.report(
+            "round_published",
+            round=effect.round_id.number,
+            version=effect.version,
+            updates=len(accepted),
+            folder=str(folder),
+        )
+
+    def _clean_up(self, round_id: RoundId, work: _Work) -> None:
+        self.keys.destroy(round_id)
+        self.updates.forget_round(round_id)
+        if not self.keep_updates:
+            work.forget.append(round_id)
+
+    # ---- small helpers ------------------------------------------------------------------------------
+
+    def _resting(self) -> bool:
+        return self.state.phase in (None, Phase.PUBLISHED, Phase.ABORTED) and not self.finished
+
+    def _rest(self, state: FederationState) -> None:
+        last = self.state.round.round_id if self.state.round else RoundId(self.state.generation, 0)
+        manifest = self.maker.at_rest(last, state, self.state.version, self._theta)
+        self._manifest = manifest
+        self.announce()
+
+    def _publish_manifest(self, manifest: bytes, work: _Work) -> None:
+        self._manifest = manifest
+        work.outgoing.append(Outgoing(topics.manifest(self.federation), manifest, retain=True))
+
+    def _read_theta(self, version: int) -> Vector:
+        if version == 0:
+            return self.versions.read_parameters(0, self.versions.initial_digest())
+        row = next((row for row in self.ledger.versions() if row.version == version), None)
+        if row is None:
+            raise LocalProtocolError(f"version {version} is not in the ledger")
+        return self.versions.read_parameters(version, row.model_digest)
+
+    def _lookup(self, device: DeviceId) -> KnownDevice | None:
+        known = self._known.get(device)
+        if known is None and (row := self.ledger.device(device)) is not None:
+            certificate = DeviceCertificate.decode(SignedBytes.decode(row.certificate).body)
+            known = KnownDevice(
+                signing_key=row.signing_key, epoch=certificate.epoch, last_sequence=row.last_sequence
+            )
+            self._known[device] = known
+        return known

@@ -1,0 +1,81 @@
+"""The registrar's folder (0700): two key files (0600) and the database. Whoever reads it is the root."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+
+from edge_runtime.protocol.errors import FleetgradError
+
+ROOT_KEY = "root.key"
+SEALING_KEY = "enrolment.key"
+DATABASE = "registrar.sqlite3"
+_KEY_LINE = re.compile(rb"([0-9a-f]{64})\n")
+
+
+class RegistrarError(FleetgradError):
+    """The registrar cannot do what its operator asked; the text says why and what to do."""
+
+
+def make_folder(folder: Path) -> None:
+    """A new folder, 0700, and the path to it. Raises RegistrarError if something is there already."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        raise RegistrarError(
+            f"{folder} exists already: a root key is never overwritten. Choose another folder, or keep this one"
+        ) from None
+    except OSError as error:
+        raise RegistrarError(f"cannot make {folder}: {error.strerror}") from error
+
+
+def new_file(path: Path, content: bytes) -> None:
+    """A new file, 0600, its content on disk when this returns. Raises RegistrarError."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with open(descriptor, "wb") as file:  # noqa: PTH123 - of a descriptor
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+    except OSError as error:
+        raise RegistrarError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_key(path: Path, key: bytes) -> None:
+    """32 bytes as one line of lower-case hex. Raises RegistrarError."""
+    new_file(path, key.hex().encode() + b"\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """The entries of the folder, and its own entry in its parent, are on disk when this returns."""
+    for path in (folder, folder.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_key(path: Path) -> bytes:
+    """32 bytes. Raises RegistrarError: missing, readable by others, or not what ``write_key`` writes."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        with open(descriptor, "rb") as file:  # noqa: PTH123 - of a descriptor
+            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+            line = _KEY_LINE.fullmatch(file.read(100))
+    except OSError as error:
+        raise RegistrarError(
+            f"cannot read the registrar's key {path}: {error.strerror}; restore the folder from its backup, or "
+            "make a new one with `aggregator registrar init` (every device must then enrol again)"
+        ) from error
+    if mode & 0o077:
+        raise RegistrarError(
+            f"other users can read {path} (mode {mode:04o}): `chmod 600 {path}`, and think about whether the key "
+            "is still secret"
+        )
+    if line is None:
+        raise RegistrarError(f"{path} does not hold a key: restore the folder from its backup")
+    return bytes.fromhex(line[1].decode())

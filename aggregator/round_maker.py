@@ -1,0 +1,165 @@
+"""Opening a round: its key, cohort, blobs and signed manifest. And the manifests of a federation at rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aggregator.blob_server import BlobServer
+from aggregator.core.step import PrepareRound, RoundPrepared
+from aggregator.round_keys import RoundKeys
+from edge_runtime.protocol import certificates
+from edge_runtime.protocol.artifact import MANIFEST_FILE, Artifact, device_bundle
+from edge_runtime.protocol.crypto.keys import SealingPrivateKey, SigningKey, VerifyKey
+from edge_runtime.protocol.crypto.provider import CryptoProvider
+from edge_runtime.protocol.envelope import Header, pack
+from edge_runtime.protocol.errors import FleetgradError, RemoteProtocolError
+from edge_runtime.protocol.ids import DeviceId, Digest, FederationId, RoundId, sha256
+from edge_runtime.protocol.kinds import Kind
+from edge_runtime.protocol.manifest import BlobRef, Cohort, Manifest
+from edge_runtime.protocol.messages import Receipt
+from edge_runtime.protocol.plan import Plan
+from edge_runtime.protocol.rounds import FederationState
+from edge_runtime.protocol.tensors import Vector, vector_to_bytes
+
+
+class CertificateError(FleetgradError):
+    """The aggregator's certificate does not fit its keys, federation, generation or rounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Who the aggregator is. ``certificate``: as it travels; ``root``: the registrar's key."""
+
+    federation: FederationId
+    generation: int
+    signing_key: SigningKey
+    sealing_key: SealingPrivateKey
+    certificate: bytes
+    root: VerifyKey
+
+    def check(self, provider: CryptoProvider, round_number: int) -> None:
+        """Raises CertificateError unless devices will accept what we sign in this round."""
+        remedy = "make a new one: `aggregator registrar certify --help`"
+        try:
+            certificate = certificates.check_aggregator(
+                provider, self.root, self.certificate, self.federation, RoundId(self.generation, round_number)
+            )
+        except RemoteProtocolError as error:
+            raise CertificateError(f"the aggregator's certificate is refused ({error}); {remedy}") from error
+        ours = (
+            provider.verify_key(self.signing_key).raw,
+            provider.sealing_public_key(self.sealing_key).raw,
+        )
+        if (certificate.signing_key, certificate.sealing_key) != ours:
+            raise CertificateError(f"the aggregator's certificate is for other keys; {remedy}")
+
+
+@dataclass(kw_only=True)
+class RoundMaker:
+    """``plan``: what every round asks of its devices."""
+
+    identity: Identity
+    provider: CryptoProvider
+    plan: Plan
+    artifact: Artifact
+    blobs: BlobServer
+    keys: RoundKeys
+    entropy: Callable[[int], bytes]
+
+    def __post_init__(self) -> None:
+        files = {**self.artifact.files, MANIFEST_FILE: self.artifact.manifest.to_bytes()}
+        self._bundle = device_bundle(files)
+
+    def prepare(self, effect: PrepareRound, theta: Vector) -> RoundPrepared:
+        """The round's key on disk, its blobs on offer, its manifest signed. Raises CertificateError."""
+        self.identity.check(self.provider, effect.round_id.number)
+        key = self.keys.create(effect.round_id)
+        cohort = self.blobs.offer(Cohort(devices=effect.cohort).encode())
+        manifest = self._manifest(
+            effect.round_id,
+            FederationState.COLLECTING,
+            effect.base_version,
+            theta,
+            deadline=effect.deadline,
+            cohort=cohort,
+            sealing_key=self.provider.sealing_public_key(key).raw,
+        )
+        self.blobs.withdraw_all_but({cohort.digest, manifest.model.digest, manifest.artifact.digest})
+        signed, digest = self._signed(manifest)
+        return RoundPrepared(
+            round_id=effect.round_id,
+            base_version=effect.base_version,
+            cohort=effect.cohort,
+            deadline=effect.deadline,
+            manifest=signed,
+            manifest_digest=digest,
+        )
+
+    def offer_again(self, cohort: tuple[DeviceId, ...], theta: Vector) -> None:
+        """After a restart: the blobs of the open round."""
+        self.blobs.offer(Cohort(devices=tuple(sorted(cohort))).encode())
+        self.blobs.offer(vector_to_bytes(theta))
+        self.blobs.offer(self._bundle)
+
+    def at_rest(self, round_id: RoundId, state: FederationState, version: int, theta: Vector) -> bytes:
+        """The signed manifest of a federation that waits for devices, or is finished."""
+        self.identity.check(self.provider, round_id.number)
+        return self._signed(self._manifest(round_id, state, version, theta))[0]
+
+    def receipt(
+        self, device: DeviceId, round_id: RoundId, manifest: Digest | None, receipt: Receipt
+    ) -> bytes:
+        """A signed receipt as it travels."""
+        body = receipt.encode()
+        header = Header(
+            kind=Kind.RECEIPT,
+            federation=self.identity.federation,
+            round_id=round_id,
+            manifest_digest=manifest,
+            device=device,
+            payload_digest=sha256(body),
+        )
+        (payload,) = pack(header, body, self._sign)
+        return payload
+
+    def _manifest(
+        self,
+        round_id: RoundId,
+        state: FederationState,
+        version: int,
+        theta: Vector,
+        *,
+        deadline: float = 0.0,
+        cohort: BlobRef | None = None,
+        sealing_key: bytes = b"",
+    ) -> Manifest:
+        return Manifest(
+            federation=self.identity.federation,
+            round_id=round_id,
+            state=state,
+            base_version=version,
+            deadline_unix_ms=int(deadline * 1000),
+            plan=self.plan,
+            model=self.blobs.offer(vector_to_bytes(theta)),
+            artifact=self.blobs.offer(self._bundle),
+            cohort=cohort,
+            sealing_key=sealing_key,
+            chunk_bytes=self.blobs.chunk_bytes,
+            certificate=self.identity.certificate,
+            parameter_count=theta.size,
+        )
+
+    def _signed(self, manifest: Manifest) -> tuple[bytes, Digest]:
+        body = manifest.encode()
+        header = Header(
+            kind=Kind.MANIFEST,
+            federation=self.identity.federation,
+            round_id=manifest.round_id,
+            payload_digest=sha256(body),
+        )
+        (payload,) = pack(header, body, self._sign)
+        return payload, sha256(body)
+
+    def _sign(self, message: bytes) -> bytes:
+        return self.provider.sign(self.identity.signing_key, message)

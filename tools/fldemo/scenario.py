@@ -1,0 +1,120 @@
+"""What the demo does, in numbers, and when devices die and return. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from edge_runtime.protocol.plan import Plan
+from fldemo.processes import Event
+
+DEVICES = tuple(f"device-{i:02d}" for i in range(1, 11))
+FEDERATION = "digits-demo"
+AGGREGATOR = "aggregator"
+COHORT, GOAL, MINIMUM, DEADLINE_S = 5, 4, 3, 10
+ROUNDS, LEAST_ROUNDS = 30, 20
+
+# Chosen over 20 seeds. Small batches and several passes make few rounds enough; weighing by the square root
+# of the samples (beta -0.5) keeps one large, one-sided device from turning the model its way each time it is drawn.
+PLAN = Plan(epochs=4, batch_size=8, learning_rate=0.05, momentum=0.9, max_grad_norm=5.0, beta=-0.5, sample_cap=2000)
+
+FIRST_KILL, SECOND_KILL, RETURN = 4, 6, 8
+"""Rounds: two devices die while training in the first round from here on, and one starts again after the third."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL this device now: it is training in the open round."""
+
+    device: str
+    round: int
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Start this device again: ``round`` was the last one published before."""
+
+    device: str
+    round: int
+
+
+@dataclass
+class Faults:
+    """Decides from the events who dies and who returns; the first to die is the one that returns."""
+
+    kills: list[Kill] = field(default_factory=list)
+    restarts: list[Restart] = field(default_factory=list)
+    _open_round: int = 0
+
+    def on(self, event: Event) -> Kill | Restart | None:
+        """What to do now, recorded as done."""
+        match event.kind:
+            case "round_opened":
+                self._open_round = event.round
+            case "round_published" | "round_aborted":
+                self._open_round = 0
+                if event.round >= RETURN and self.kills and not self.restarts:
+                    self.restarts.append(Restart(self.kills[0].device, event.round))
+                    return self.restarts[0]
+            case "training_started" if event.round == self._open_round and self._due(event):
+                self.kills.append(Kill(event.source, event.round))
+                return self.kills[-1]
+        return None
+
+    def _due(self, event: Event) -> bool:
+        starts = (FIRST_KILL, SECOND_KILL)
+        return (
+            len(self.kills) < len(starts)
+            and event.round >= starts[len(self.kills)]
+            # one in a round: with goal 4 of 5 the round goes on without waiting for its deadline
+            and event.round not in {kill.round for kill in self.kills}
+        )
+
+
+@dataclass
+class Round:
+    """``seconds``: since the version before was published; None for the first, which starts with start-up.
+
+    ``stored``: whose updates are in it; ``accuracy``: on held-out samples, in [0, 1].
+    """
+
+    number: int
+    cohort: tuple[str, ...]
+    stored: list[str] = field(default_factory=list)
+    published: bool = False
+    aborted: bool = False
+    seconds: float | None = None
+    aggregator_seconds: float = 0.0
+    accuracy: float | None = None
+
+
+def sample_passes(rounds: Sequence[Round], samples: dict[str, int], plan: Plan) -> int:
+    """Passes over all devices' data that the published updates amount to, rounded, at least 1."""
+    drawn = sum(
+        plan.steps * min(plan.batch_size, samples[device]) if plan.steps else plan.epochs * samples[device]
+        for round_ in rounds
+        if round_.published
+        for device in round_.stored
+    )
+    return max(1, round(drawn / sum(samples.values())))
+
+
+def settings(rounds: int) -> dict[str, str]:
+    """``--set`` of ``aggregator init``: TOML values by dotted key."""
+    values: dict[str, object] = {
+        "round.rounds": rounds,
+        "round.cohort": COHORT,
+        "round.goal": GOAL,
+        "round.minimum": MINIMUM,
+        "round.deadline_s": DEADLINE_S,
+        "round.fleet": len(DEVICES),
+        "plan.epochs": PLAN.epochs,
+        "plan.steps": PLAN.steps,
+        "plan.batch_size": PLAN.batch_size,
+        "plan.learning_rate": PLAN.learning_rate,
+        "plan.momentum": PLAN.momentum,
+        "plan.max_grad_norm": PLAN.max_grad_norm,
+        "plan.beta": PLAN.beta,
+        "plan.sample_cap": PLAN.sample_cap,
+    }
+    return {key: str(value) for key, value in values.items()}
