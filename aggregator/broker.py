@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from aggregator.files import write_atomic
 from edge_runtime.protocol.errors import FleetgradError
 
 MAX_PACKET_BYTES = 1_048_576
@@ -164,9 +165,12 @@ def run_broker_in_foreground(
     port: int = 1883,
     bind: str = "127.0.0.1",
     password_file: Path | None = None,
+    url_file: Path | None = None,
     echo: Callable[[str], None] = print,
 ) -> int:
     """Run a broker until SIGINT or SIGTERM; returns the exit code: 0, or 1 if the broker ended by itself.
+
+    ``url_file``: written once the broker listens, for whoever waits for it.
 
     Call it from the main thread (signals). Raises BrokerStartError.
     """
@@ -179,6 +183,8 @@ def run_broker_in_foreground(
             echo(
                 f"{broker.kind} listens at {broker.url}; its state and log are in {broker.folder}; Ctrl-C ends it"
             )
+            if url_file is not None:
+                write_atomic(url_file, broker.url.encode() + b"\n", mode=0o644)
             while not wanted.wait(0.5):
                 if not broker.running():
                     echo(f"the broker ended by itself: {_log_tail(broker)}")

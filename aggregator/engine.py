@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from aggregator.blob_server import BlobServer
@@ -97,7 +97,7 @@ class Engine:
     intake: Intake = field(init=False)
     finished: bool = field(default=False, init=False)
     wake_at: float | None = field(default=None, init=False)
-    outgoing: list[Outgoing] = field(default_factory=list, init=False)
+    outgoing: deque[Outgoing] = field(default_factory=deque, init=False)
     _known: dict[DeviceId, KnownDevice] = field(default_factory=dict, init=False)
     _theta: Vector = field(init=False)
     _manifest: bytes | None = field(default=None, init=False)
@@ -128,7 +128,7 @@ class Engine:
         if open_round is None:
             self._rest(FederationState.WAITING)
         else:
-            self.updates.restore(self.ledger.pieces_of(open_round.round_id))
+            self.updates.restore(self._pieces_on_file(open_round.round_id))
             if open_round.phase is Phase.COLLECTING:
                 self.maker.offer_again(tuple(open_round.cohort), self._theta)
             self.report("resumed", round=open_round.round_id.number, phase=open_round.phase.value)
@@ -153,7 +153,7 @@ class Engine:
         now = self.clock()
         if self.wake_at is None or now >= self.wake_at or self._resting():
             self._decide(core.Tick())
-        self.outgoing += [Outgoing(topic, payload) for topic, payload in self.blobs.due(now)]
+        self.outgoing.extend(Outgoing(topic, payload) for topic, payload in self.blobs.due(now))
 
     def next_wake(self) -> float | None:
         """When ``tick`` is wanted at the latest."""
@@ -312,7 +312,7 @@ class Engine:
                 self.ledger.commit(batch)
             for round_id in work.forget:
                 self.updates.inbox.delete_round(round_id)
-            self.outgoing += work.outgoing
+            self.outgoing.extend(work.outgoing)
             if not work.effects:
                 return
             effects, work = work.effects, _Work()
@@ -403,6 +403,20 @@ class Engine:
             work.forget.append(round_id)
 
     # ---- small helpers ------------------------------------------------------------------------------
+
+    def _pieces_on_file(self, round_id: RoundId) -> Iterator[Piece]:
+        yield from self.ledger.unfinished_pieces(round_id)
+        for device, stored in self.state.stored.items():
+            positions = self.ledger.pieces_of(round_id, device)
+            for index, position in enumerate(positions):
+                yield Piece(
+                    round_id=round_id,
+                    device=device,
+                    digest=stored.digest,
+                    index=index,
+                    count=len(positions),
+                    position=position,
+                )
 
     def _resting(self) -> bool:
         return self.state.phase in (None, Phase.PUBLISHED, Phase.ABORTED) and not self.finished

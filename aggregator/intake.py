@@ -77,9 +77,10 @@ class Intake:
         """Verify one message. Raises RemoteProtocolError; its ``detail`` holds no content."""
         sender = topics.sender_of(topic)
         envelope = unpack(payload, self.federation, *ACCEPTED)
-        if (envelope.header.federation, envelope.header.device) != sender:
+        at = topics.up(sender.federation, sender.device)
+        if (envelope.header.federation, envelope.header.device) != sender or topic != at:
             raise RemoteProtocolError(
-                Reject.WRONG_TOPIC, f"{envelope.header.device} spoke as {sender.device}"
+                Reject.WRONG_TOPIC, f"{envelope.header.device} spoke on {topic[:120]!r}"
             )
         if envelope.header.kind is Kind.CHECKIN:
             return self._checkin(envelope, sender.device)
@@ -91,7 +92,7 @@ class Intake:
             case Kind.UPDATE:
                 return UpdatePiece(sender.device, envelope)
             case Kind.FETCH:
-                return FetchRequest(sender.device, Fetch.decode(_whole(envelope)))
+                return FetchRequest(sender.device, Fetch.decode(envelope.body))
             case _:
                 _fresh(envelope.header, known)
                 plain = self._open(envelope)
@@ -115,7 +116,7 @@ class Intake:
         return CheckInRequest(envelope.header, device, checkin, certificate)
 
     def _open(self, envelope: Envelope) -> bytes:
-        return self.provider.open(self.sealing_key, seal_context(envelope.header), b"", _whole(envelope))
+        return self.provider.open(self.sealing_key, seal_context(envelope.header), b"", envelope.body)
 
 
 def open_update(
@@ -123,12 +124,6 @@ def open_update(
 ) -> Update:
     """The content of a complete update. Raises RemoteProtocolError(BAD_SEAL, MALFORMED)."""
     return Update.decode(provider.open(round_key, seal_context(header), b"", sealed))
-
-
-def _whole(envelope: Envelope) -> bytes:
-    if envelope.header.chunk_count != 1:
-        raise RemoteProtocolError(Reject.MALFORMED, f"a {envelope.header.kind.label} travels in one piece")
-    return envelope.body
 
 
 def _fresh(header: Header, known: KnownDevice) -> None:

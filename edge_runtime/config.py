@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_runtime.data import DataSource, NpzFile, PythonFunction
 from edge_runtime.protocol.messages import MAX_TTL_S, Telemetry
-from edge_runtime.settings import BadSetting, ConfigError, Problem, load, read_secret_file, require
+from edge_runtime.settings import BadSetting, load, read_hex_file, require
 from edge_runtime.transport.broker_config import BrokerConfig
 
 PYTHON_PREFIX = "python:"
-_HEX_SEED = re.compile(rb"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +104,8 @@ def load_device_config(path: Path) -> DeviceConfig:
 
 
 def read_seed_file(path: Path) -> bytes:
-    """The 32 bytes of ``training.seed_file``. Raises ConfigError."""
-    content = read_secret_file(path)
-    if not _HEX_SEED.fullmatch(content):
-        raise ConfigError(path, Problem("", f"{len(content)} bytes", "a seed is 64 hex digits, 0-9 a-f"))
-    return bytes.fromhex(content.decode("ascii"))
+    """The 32 bytes of ``training.seed_file``, 64 hex digits. Raises ConfigError."""
+    return read_hex_file(path, 32)
 
 
 def _read_source(value: object, folder: Path) -> DataSource:

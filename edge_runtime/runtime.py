@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from edge_runtime import session_values as sv
 from edge_runtime.backends.base import Backend, TrainingSession
@@ -44,7 +45,13 @@ Report = Callable[..., None]
 
 
 class NotEnrolled(FleetgradError):
-    """The state folder has no certificate: ``edge-runtime enroll`` comes first."""
+    """The state folder has no certificate."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            f"{folder} is not enrolled: get a token from the operator (`aggregator enroll-token`) and run "
+            "`edge-runtime enroll --config device.toml --device NAME --token-file FILE`"
+        )
 
 
 @dataclass
@@ -89,10 +96,7 @@ class Runtime:
     def __post_init__(self) -> None:
         enrolment = self.store.enrolment
         if enrolment is None:
-            raise NotEnrolled(
-                f"{self.store.folder} is not enrolled: get a token from the operator (`aggregator enroll-token`) "
-                "and run `edge-runtime enroll --config device.toml --device NAME --token-file FILE`"
-            )
+            raise NotEnrolled(self.store.folder)
         entropy, provider = self.entropy, self.provider
         self.identity = sv.Identity(
             federation=enrolment.federation,

@@ -104,13 +104,13 @@ class Session:
                 except RemoteProtocolError as error:
                     effects.append(Refused(error.reject, error.detail))
             case Trained():
-                self._trained(now, event, effects)
+                try:
+                    self._trained(now, event, effects)
+                except RemoteProtocolError as error:  # the manifest's key cannot be sealed to
+                    effects.append(Refused(error.reject, error.detail))
+                    self._sit_out(now, event.round_id, effects)
             case TrainingFailed():
-                if self.work is Work.TRAINING and self._current_round() == event.round_id:
-                    self.work = Work.IDLE
-                    effects.append(Settle(event.round_id, None))
-                    self.settled = event.round_id
-                    self._checkin_at = now
+                self._sit_out(now, event.round_id, effects)
             case Tick():
                 pass
         self._due(now, effects)
@@ -142,7 +142,10 @@ class Session:
                 fetch.next_ask_at = now + FETCH_RETRY_S + self._jitter(FETCH_RETRY_S)
                 effects.append(self._message(Kind.FETCH, fetch.ask().encode()))
         if not self.pending and self._may_check_in() and now >= self._checkin_at:
-            self._check_in(now, effects)
+            try:
+                self._check_in(now, effects)
+            except RemoteProtocolError as error:  # the aggregator's key cannot be sealed to
+                effects.append(Refused(error.reject, error.detail))
 
     def _may_check_in(self) -> bool:
         manifest = self.manifest
@@ -200,6 +203,8 @@ class Session:
         if manifest.round_id > self.highest_round:
             self.highest_round = manifest.round_id
             effects.append(Remember(manifest.round_id))
+        if self.work is not Work.IDLE:
+            self._checkin_at = now  # the last ticket may have been used up by the round that is over
         self._drop_work("the round is over", effects)
         if self.pending is not None and self.pending.round_id.generation < manifest.round_id.generation:
             # The aggregator was restored from a backup: nobody will ever answer this update.
@@ -302,6 +307,13 @@ class Session:
         effects.append(Journal(self.pending))
         if event.telemetry is not None and self.online:
             effects.append(self._sealed_to_aggregator(Kind.TELEMETRY, event.telemetry.encode()))
+
+    def _sit_out(self, now: float, round_id: RoundId, effects: list[Effect]) -> None:
+        if self.work is Work.TRAINING and self._current_round() == round_id:
+            self.work = Work.IDLE
+            self.settled = round_id
+            self._checkin_at = now
+            effects.append(Settle(round_id, None))
 
     def _take_receipt(self, now: float, payload: bytes, effects: list[Effect]) -> None:
         envelope = unpack(payload, self.identity.federation, Kind.RECEIPT)

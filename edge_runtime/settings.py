@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import stat
 import sys
 import typing
@@ -31,6 +32,7 @@ else:
 
 MAX_FILE_BYTES = 1 << 20
 MAX_SECRET_BYTES = 64 * 1024
+_HEX = re.compile(rb"(?:[0-9a-f]{2})+")
 _SECRET_WORDS = ("password", "passphrase", "secret", "token", "credential")
 
 T = TypeVar("T")
@@ -134,6 +136,15 @@ def read_secret_file(path: Path) -> bytes:
             path, Problem("", "empty or too long", f"a secret has 1 to {MAX_SECRET_BYTES} bytes")
         )
     return content
+
+
+def read_hex_file(path: Path, size: int | None = None) -> bytes:
+    """A ``*_file`` of hex digits as the bytes they spell; ``size``: how many there must be. Raises ConfigError."""
+    content = read_secret_file(path)
+    if not _HEX.fullmatch(content) or (size is not None and len(content) != 2 * size):
+        wanted = f"{2 * size} hex digits" if size else "an even number of hex digits"
+        raise ConfigError(path, Problem("", f"{len(content)} bytes", f"expected {wanted}, 0-9 a-f"))
+    return bytes.fromhex(content.decode("ascii"))
 
 
 # ---- types ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from edge_runtime.protocol.tensors import TensorSpec, parameter_count
 from model_export.autodiff import add_gradients
 from model_export.autodiff.builder import Builder
 from model_export.errors import UnsupportedModel
-from model_export.graph import Graph, ValueType, to_bytes
+from model_export.graph import Graph, Node, ValueType, to_bytes
 from model_export.passes import tidy
 
 _FLOAT = np.dtype(np.float32)
@@ -49,9 +49,9 @@ def _over_theta(forward: Graph, specs: Sequence[TensorSpec]) -> tuple[Graph, dic
     """The forward graph with its parameters cut out of ``theta``, and the types of its other inputs."""
     graph = forward.copy()
     data = {name: kind for name, kind in graph.inputs.items() if name not in {spec.name for spec in specs}}
-    body, graph.nodes = graph.nodes, []
     graph.inputs = {"theta": _vector(specs), **data}
-    builder = Builder(graph)
+    prologue: list[Node] = []
+    builder = Builder(graph, prologue)
     if len(specs) == 1:
         parts = ["theta"]
     else:
@@ -60,7 +60,7 @@ def _over_theta(forward: Graph, specs: Sequence[TensorSpec]) -> tuple[Graph, dic
         )
     for spec, part in zip(specs, parts, strict=True):
         builder.named(spec.name, "Reshape", part, builder.ints(*spec.shape))
-    graph.nodes.extend(body)
+    graph.nodes = prologue + graph.nodes
     return graph, data
 
 

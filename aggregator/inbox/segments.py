@@ -225,7 +225,7 @@ class SegmentLog:
         return self._folder / f"{segment:08d}.seg"
 
     def remove_all(self) -> None:
-        """Close the log and delete its segments and its folder. Begun and cut off by a crash, it can be begun again."""
+        """Close the log and delete its segments and its folder; cut off by a crash, it can be begun again."""
         self.close()
         remove_segments(self._folder, self._files)
 

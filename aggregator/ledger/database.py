@@ -92,9 +92,7 @@ def explain(url: str, error: SQLAlchemyError) -> LedgerError:
     """The database's own complaint, with the place and without passwords or parameters."""
     where = make_url(url).render_as_string(hide_password=True)
     reason = getattr(error, "orig", None) or error
-    return LedgerError(
-        f"the ledger {where} fails: {str(reason).strip()}; nothing of this batch was committed"
-    )
+    return LedgerError(f"the ledger {where} fails: {str(reason).strip()}")
 
 
 def _prepare_file(database: str | None, *, read_only: bool) -> None:

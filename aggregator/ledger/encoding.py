@@ -94,7 +94,14 @@ def _dump(document: object) -> str:
 def _load(what: str, text: str, kind: Any) -> Any:
     try:
         return _CONVERTER.structure(json.loads(text, parse_constant=_no_constant), kind)
-    except (ValueError, TypeError, KeyError, RecursionError, cattrs.BaseValidationError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        cattrs.BaseValidationError,
+    ) as error:
         raise LedgerError(f"the ledger holds a damaged {what}: restore it from a backup") from error
 
 

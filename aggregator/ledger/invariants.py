@@ -1,4 +1,4 @@
-"""What must hold of a ledger at any moment, whatever died: for tests, the demo, the soak and the curious operator."""
+"""What must hold of a ledger at any moment, whatever died: for tests, the demo, the soak and operators."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def _journal_has_no_gap(connection: Connection) -> Iterator[str]:
 
 
 def _state_is_the_fold(connection: Connection) -> Iterator[str]:
-    recovered = recovery.load_state(connection)
     try:
+        recovered = recovery.load_state(connection)
         folded = fold(State(generation=recovered.generation), recovery.read_journal(connection))
     except LocalProtocolError as error:
         yield f"the journal contradicts itself: {error}"
@@ -64,7 +64,8 @@ def _versions_follow_one_another(connection: Connection) -> Iterator[str]:
     with_version = {version.round_id for version in versions}
     for round_id, row in rounds.items():
         if (row.phase in (Phase.AGGREGATED, Phase.PUBLISHED)) != (round_id in with_version):
-            yield f"round {round_id} is {row.phase.value} and has {'a' if round_id in with_version else 'no'} version"
+            number = "a" if round_id in with_version else "no"
+            yield f"round {round_id} is {row.phase.value} and has {number} version"
         if MOVES[row.phase] and round_id != max(rounds):
             yield f"round {round_id} is still {row.phase.value}, but a later one was opened"
 

@@ -326,7 +326,7 @@ def _write_telemetry(
         row = connection.execute(
             select(tables.telemetry).where(tables.telemetry.c.device == device)
         ).one_or_none()
-        old: Mapping[str, Any] = row._mapping if row else {}
+        old: Mapping[str, Any] = dict(row._mapping) if row else {}
         values = {
             **_totals(old, encoding.decode_telemetry(old["latest"]) if row else Telemetry(), report),
             "at": now,
@@ -339,7 +339,8 @@ def _write_telemetry(
 def _totals(old: Mapping[str, Any], last: Telemetry, report: Telemetry) -> dict[str, int | float]:
     # A device may report anything: the totals saturate instead of overflowing their columns.
     def total(name: str, more: int) -> int:
-        return min(old.get(name, 0) + more, tables.MAX_INT64)
+        before: int = old.get(name, 0)
+        return min(before + more, tables.MAX_INT64)
 
     def since(now_bytes: int, last_bytes: int) -> int:
         return now_bytes - last_bytes if now_bytes >= last_bytes else now_bytes

@@ -1,4 +1,4 @@
-"""The tables. ``journal`` is the truth for rounds; ``checkins``, ``rounds``, ``updates``, ``versions`` follow from it.
+"""The tables. ``journal`` is the truth of rounds: ``checkins``, ``rounds``, ``updates``, ``versions`` follow.
 
 Times are seconds of the aggregator's clock. Nothing here is secret; payloads and keys that sign are elsewhere.
 """
@@ -29,7 +29,7 @@ _BIAS = 1 << 63
 
 
 class Unsigned64(TypeDecorator[int]):
-    """An integer in [0, 2^64), as the wire's uint64; kept less 2^63, so that the order stays that of the numbers."""
+    """An integer in [0, 2^64), as the wire's uint64; kept less 2^63, which keeps the order."""
 
     impl = BigInteger
     cache_ok = True

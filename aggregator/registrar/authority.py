@@ -8,7 +8,6 @@ from __future__ import annotations
 import hmac
 import logging
 import os
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from edge_runtime.protocol.ids import DeviceId, Digest, FederationId, device_id,
 from edge_runtime.protocol.kinds import Kind
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.transport.address import parse_broker_url
-from edge_runtime.transport.base import PayloadTooLarge, Received, Transport, TransportError
+from edge_runtime.transport.base import Received, Transport, TransportError
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ Entropy = Callable[[int], bytes]
 """So many bytes from the operating system's generator."""
 
 _TOKEN_ID_BYTES = 8
-_POLL_S = 0.5
+_POLL_S = 0.2
 _MAX_UNIX_S = 253_402_300_799  # the last second of the year 9999
 _NO_HASH = bytes(32)  # compared with when the token is unknown, so that both take the same path
 _MAX_UINT32 = 2**32 - 1
@@ -70,7 +69,7 @@ def create(folder: Path, federation: str, entropy: Entropy = os.urandom) -> Regi
 def open(folder: Path, entropy: Entropy = os.urandom) -> Registrar:
     """The registrar of a folder made by ``create``. Raises RegistrarError."""
     if not folder.is_dir():
-        raise RegistrarError(f"there is no registrar in {folder}: make one with `aggregator registrar init`")
+        raise RegistrarError(f"there is no registrar in {folder}: make one with `aggregator init`")
     root = SigningKey(files.read_key(folder / files.ROOT_KEY))
     sealing = SealingPrivateKey(files.read_key(folder / files.SEALING_KEY))
     if not (folder / files.DATABASE).is_file():
@@ -225,7 +224,7 @@ class Registrar:
         self, rows: Transaction, now: float, device: DeviceId, request: EnrolRequest
     ) -> tuple[bytes, bool]:
         """The certificate, and whether it is a new one. Raises RemoteProtocolError with the refusal."""
-        key = VerifyKey(request.signing_key)
+        key = request.signing_key
         token, secret_hash = rows.token(request.token_id) or (None, _NO_HASH)
         if not hmac.compare_digest(sha256(request.token_secret), secret_hash) or token is None:
             raise RemoteProtocolError(
@@ -241,7 +240,8 @@ class Registrar:
             if holder is None or (token.used_by, token.used_as) != (key, device):
                 raise RemoteProtocolError(
                     Reject.TOKEN_USED,
-                    f"{token.token_id} was used by {token.used_by!r} as {token.used_as!r}; now {key!r} shows it",
+                    f"{token.token_id} was used by key {token.used_by.hex()} as {token.used_as!r}; "
+                    f"now {key.hex()} shows it",
                 )
             return holder.certificate, False
         if now >= token.expires_at:
@@ -249,10 +249,12 @@ class Registrar:
                 Reject.TOKEN_EXPIRED, f"{token.token_id} expired {now - token.expires_at:.0f} s ago"
             )
         if holder is not None and holder.signing_key != key:
-            raise RemoteProtocolError(Reject.NAME_TAKEN, f"{device!r} is {holder.signing_key!r}, not {key!r}")
+            raise RemoteProtocolError(
+                Reject.NAME_TAKEN, f"{device!r} is {holder.signing_key.hex()}, not {key.hex()}"
+            )
         issued = holder is None
         if holder is None:
-            certificate = DeviceCertificate(federation=self.federation, device=device, signing_key=key.raw)
+            certificate = DeviceCertificate(federation=self.federation, device=device, signing_key=key)
             holder = DeviceRow(device, key, issue_device(CRYPTO, self._root, certificate), int(now))
             rows.add_device(holder)
         rows.use_token(token.token_id, key, device)
@@ -260,20 +262,20 @@ class Registrar:
 
     def _count(self, error: RemoteProtocolError, topic: str) -> None:
         self.refusals[error.reject] += 1
-        log.warning("refused a request on %s: %s", topic[:120], error)
+        log.warning("refused a request on %r: %s", topic[:120], error)
 
     # ---- the loop -----------------------------------------------------------------------------------
 
     def serve(
-        self, transport: Transport, stop: threading.Event, clock: Callable[[], float] = time.time
+        self, transport: Transport, should_stop: Callable[[], bool], clock: Callable[[], float] = time.time
     ) -> None:
-        """Answer over an opened transport until ``stop`` is set, seen within 0.5 s. ``clock``: Unix seconds.
+        """Answer over an opened transport until ``should_stop()``, asked 5 times a second. ``clock``: Unix seconds.
 
         A request is acknowledged after its decision is committed; one whose answer cannot be sent is asked again by
         the device. Raises RegistrarError if the database fails, the request then stays with the broker.
         """
         transport.subscribe(topics.all_enrol(self.federation))
-        while not stop.is_set():
+        while not should_stop():
             event = transport.next_event(_POLL_S)
             if not isinstance(event, Received):
                 continue
@@ -281,8 +283,6 @@ class Registrar:
             if answer is not None:
                 try:
                     transport.publish(*answer)
-                except PayloadTooLarge:
-                    raise  # an answer has 500 bytes: no federation works over such a broker
                 except TransportError as error:
                     log.warning("the answer on %s was not sent: %s", answer[0], error)
             transport.ack(event)

@@ -50,13 +50,16 @@ def write_key(path: Path, key: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """The entries of the folder, and its own entry in its parent, are on disk when this returns."""
+    """The folder's entries, and its own in its parent, are on disk when this returns. Raises RegistrarError."""
     for path in (folder, folder.parent):
-        descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise RegistrarError(f"cannot write {path} to disk: {error.strerror}") from error
 
 
 def read_key(path: Path) -> bytes:
@@ -69,7 +72,7 @@ def read_key(path: Path) -> bytes:
     except OSError as error:
         raise RegistrarError(
             f"cannot read the registrar's key {path}: {error.strerror}; restore the folder from its backup, or "
-            "make a new one with `aggregator registrar init` (every device must then enrol again)"
+            "make a new one with `aggregator init` (every device must then enrol again)"
         ) from error
     if mode & 0o077:
         raise RegistrarError(

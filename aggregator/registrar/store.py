@@ -53,15 +53,15 @@ class TokenRow(NamedTuple):
     token_id: str
     expires_at: int
     device: DeviceId | None
-    used_by: VerifyKey | None
+    used_by: bytes | None
     used_as: DeviceId | None
 
 
 class DeviceRow(NamedTuple):
-    """``certificate``: encoded SignedBytes. ``enrolled_at``: Unix seconds."""
+    """``signing_key``: Ed25519 public. ``certificate``: encoded SignedBytes. ``enrolled_at``: Unix seconds."""
 
     device: DeviceId
-    signing_key: VerifyKey
+    signing_key: bytes
     certificate: bytes
     enrolled_at: int
 
@@ -139,15 +139,13 @@ class Transaction:
         rows = self._connection.execute(sa.select(_tokens).order_by(_tokens.c.expires_at, _tokens.c.token_id))
         return [_token(row) for row in rows]
 
-    def use_token(self, token_id: str, key: VerifyKey, device: DeviceId) -> None:
+    def use_token(self, token_id: str, key: bytes, device: DeviceId) -> None:
         self._connection.execute(
-            _tokens.update().where(_tokens.c.token_id == token_id).values(used_by=key.raw, used_as=device)
+            _tokens.update().where(_tokens.c.token_id == token_id).values(used_by=key, used_as=device)
         )
 
     def add_device(self, row: DeviceRow) -> None:
-        self._connection.execute(
-            _devices.insert().values(row._replace(signing_key=row.signing_key.raw)._asdict())  # type: ignore[arg-type]
-        )
+        self._connection.execute(_devices.insert().values(row._asdict()))
 
     def device(self, name: DeviceId) -> DeviceRow | None:
         row = self._connection.execute(sa.select(_devices).where(_devices.c.device == name)).one_or_none()
@@ -161,12 +159,11 @@ class Transaction:
 
 
 def _token(row: sa.Row[Any]) -> TokenRow:
-    used_by = None if row.used_by is None else VerifyKey(row.used_by)
-    return TokenRow(row.token_id, row.expires_at, row.device, used_by, row.used_as)
+    return TokenRow(row.token_id, row.expires_at, row.device, row.used_by, row.used_as)
 
 
 def _device(row: sa.Row[Any]) -> DeviceRow:
-    return DeviceRow(row.device, VerifyKey(row.signing_key), row.certificate, row.enrolled_at)
+    return DeviceRow(row.device, row.signing_key, row.certificate, row.enrolled_at)
 
 
 def _configure(connection: sqlite3.Connection, _record: object) -> None:

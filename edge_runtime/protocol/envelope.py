@@ -111,7 +111,8 @@ def pack(
     """The MQTT payloads that carry ``payload``, each at most ``piece_bytes`` plus OVERHEAD_BYTES.
 
     ``header``: its piece fields and payload digest are filled in here. ``sign``: None only for kinds that prove
-    themselves by content. Raises LocalProtocolError for a payload above the bound of its kind.
+    themselves by content. Raises LocalProtocolError for a payload above the bound of its kind or of too many
+    pieces.
     """
     if len(payload) > header.kind.max_payload_bytes:
         raise LocalProtocolError(
@@ -121,6 +122,10 @@ def pack(
         raise LocalProtocolError(f"a {header.kind.label} is signed by {header.kind.signer.value}")
     size = piece_bytes or max(len(payload), 1)
     count = max(1, -(-len(payload) // size))
+    if count > MAX_PIECES:
+        raise LocalProtocolError(
+            f"{len(payload)} bytes would be {count} pieces, at most {MAX_PIECES} are allowed"
+        )
     whole = sha256(payload)
     for index in range(count):
         body = payload[index * size : (index + 1) * size]
@@ -141,6 +146,8 @@ def unpack(raw: bytes, federation: FederationId, *expected: Kind) -> Envelope:
         raise RemoteProtocolError(Reject.UNEXPECTED_KIND, f"{header.kind.label} is not expected here")
     if header.federation != federation:
         raise RemoteProtocolError(Reject.WRONG_FEDERATION, f"{header.federation!r}, not {federation!r}")
+    if header.chunk_count != 1 and header.kind is not Kind.UPDATE:
+        raise malformed(f"a {header.kind.label} travels in one piece")
     if header.kind.signer is not Signer.CONTENT and len(message.signature) != SIGNATURE_BYTES:
         raise malformed(f"a signature has {SIGNATURE_BYTES} bytes, not {len(message.signature)}")
     if len(message.body) > header.kind.max_payload_bytes:

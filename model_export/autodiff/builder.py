@@ -75,6 +75,8 @@ class Builder:
 
     def shape(self, name: str) -> Shape:
         """The shape shape inference found. Raises MissingRule if it found none."""
+        if name in self.graph.constants:
+            return self.graph.constants[name].shape
         kind = self.graph.types.get(name)
         if kind is None:
             raise MissingRule("needs a value whose rank is not known when the model is exported")

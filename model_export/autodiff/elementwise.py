@@ -18,13 +18,15 @@ from model_export.graph import Node
 
 Gradients = Sequence[str | None]
 
+_FLOAT = helper.np_dtype_to_tensor_dtype(np.dtype(np.float32))
+
 
 def _unbroadcast(b: Builder, n: Node, gradient: str, index: int) -> str:
     return b.sum_to(gradient, b.shape(n.outputs[0]), b.shape(n.inputs[index]))
 
 
 def _mask(b: Builder, condition: str) -> str:
-    return b.op("Cast", condition, to=helper.np_dtype_to_tensor_dtype(np.dtype(np.float32)))
+    return b.op("Cast", condition, to=_FLOAT)
 
 
 # ---- arithmetic -------------------------------------------------------------------------------------
@@ -153,8 +155,10 @@ def identity(b: Builder, n: Node, dy: str) -> Gradients:
 
 
 def cast(b: Builder, n: Node, dy: str) -> Gradients:
-    """Cast between floating-point types."""
-    return [b.op("Cast", dy, to=helper.np_dtype_to_tensor_dtype(b.graph.types[n.inputs[0]].dtype))]
+    """Cast of float32 to itself; the graphs compute in float32 only."""
+    if n.attributes["to"] != _FLOAT or b.graph.types[n.inputs[0]].dtype != np.float32:
+        raise MissingRule("leaves float32, the only type these graphs compute gradients in")
+    return [dy]
 
 
 def flat(b: Builder, n: Node, dy: str) -> Gradients:

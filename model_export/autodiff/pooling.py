@@ -18,6 +18,7 @@ def max_pool(b: Builder, n: Node, dy: str) -> Gradients:
         raise MissingRule("has a gradient rule for row-major indices only")
     x = n.inputs[0]
     dilations = n.attributes.get("dilations", [1] * len(kernel))
+    _refuse_empty_windows(b, n, kernel, strides, dilations)
     reach = [(size - 1) * dilation + 1 for size, dilation in zip(kernel, dilations, strict=True)]
     overlapping = any(stride < size for stride, size in zip(strides, reach, strict=True))
     zeros = b.zeros(b.op("Reshape", b.op("Size", x), b.ints(1)))
@@ -25,6 +26,20 @@ def max_pool(b: Builder, n: Node, dy: str) -> Gradients:
     flat = b.op("Reshape", dy, b.ints(-1))
     mode = {"reduction": "add"} if overlapping else {}  # a plain store is faster
     return [b.reshape_like(b.op("ScatterElements", zeros, where, flat, axis=0, **mode), x)]
+
+
+def _refuse_empty_windows(
+    b: Builder, n: Node, kernel: list[int], strides: list[int], dilations: list[int]
+) -> None:
+    """The runtime gives a window that lies wholly in the padding an index that is no element's."""
+    spatial = range(2, 2 + len(kernel))
+    before = n.attributes.get("pads", [0] * len(kernel))
+    sizes = zip(b.static(n.inputs[0], *spatial), b.static(n.outputs[0], *spatial), strict=True)
+    for axis, (size_in, size_out) in enumerate(sizes):
+        taps = np.arange(kernel[axis]) * dilations[axis] - before[axis]
+        positions = np.arange(size_out)[:, None] * strides[axis] + taps
+        if not ((positions >= 0) & (positions < size_in)).any(axis=1).all():
+            raise MissingRule("has a window that lies wholly in the padding")
 
 
 def average_pool(b: Builder, n: Node, dy: str) -> Gradients:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from aggregator import registrar
 from aggregator.registrar import Registrar
+from edge_runtime.enrolment import Enrolled, enrol
 from edge_runtime.protocol import topics
 from edge_runtime.protocol.crypto.keys import SigningKey
 from edge_runtime.protocol.crypto.provider import CRYPTO
@@ -17,6 +22,7 @@ from edge_runtime.protocol.envelope import Header, pack, seal_context, unpack
 from edge_runtime.protocol.identities import EnrolAnswer, EnrolRequest
 from edge_runtime.protocol.ids import DeviceId, FederationId, sha256
 from edge_runtime.protocol.kinds import Kind
+from edge_runtime.transport.base import Transport
 
 FEDERATION = FederationId("digits")
 DEVICE = DeviceId("pi-1")
@@ -74,3 +80,31 @@ def read(token: EnrolToken, raw: bytes) -> EnrolAnswer:
     envelope = unpack(raw, token.federation, Kind.ENROLLED)
     CRYPTO.verify(token.root, envelope.signed_bytes(), envelope.signature)
     return EnrolAnswer.decode(envelope.body)
+
+
+@contextmanager
+def serving(office: Registrar, transport: Transport) -> Iterator[None]:
+    """The registrar's loop in a thread, over a transport opened and closed here."""
+    transport.open()
+    stop = threading.Event()
+    thread = threading.Thread(target=office.serve, args=(transport, stop.is_set, lambda: NOW))
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        transport.close()
+
+
+def enrol_now(
+    transport: Transport,
+    token: EnrolToken,
+    device: DeviceId = DEVICE,
+    owner: SigningKey | None = None,
+    timeout_s: float = 20.0,
+) -> Enrolled:
+    """Over an opened transport, with the key named after the device unless another is given."""
+    return enrol(
+        transport, token, device, owner or key(device), CRYPTO, os.urandom, time.monotonic, timeout_s
+    )

@@ -41,7 +41,7 @@ class Split(NamedTuple):
 
 
 def load_split(devices: int, seed: int) -> Split:
-    """1,797 digits: 20 % held out, stratified by class; the rest by ``dirichlet_parts``. A function of its arguments."""
+    """1,797 digits: 20 % held out, stratified by class; the rest by ``dirichlet_parts``. The seed decides all."""
     digits: Any = load_digits()
     images = (digits.images / _PIXEL_MAX).astype(np.float32)[:, np.newaxis]
     labels = digits.target.astype(np.int64)
@@ -68,12 +68,16 @@ def dirichlet_parts(
         for label in np.unique(labels):
             rows = rng.permutation(np.flatnonzero(labels == label))
             shares = np.cumsum(rng.dirichlet([alpha] * parts))[:-1]
-            for piece, cut in zip(pieces, np.split(rows, np.rint(shares * len(rows)).astype(int)), strict=True):
+            for piece, cut in zip(
+                pieces, np.split(rows, np.rint(shares * len(rows)).astype(int)), strict=True
+            ):
                 piece.append(cut)
         joined = [np.sort(np.concatenate(piece)) for piece in pieces]
         if min(map(len, joined)) >= least:
             return joined
-    raise ValueError(f"{len(labels)} rows cannot be split over {parts} parts of at least {least}: use fewer parts")
+    raise ValueError(
+        f"{len(labels)} rows cannot be split over {parts} parts of at least {least}: use fewer parts"
+    )
 
 
 def write_npz(path: Path, samples: Samples) -> None:

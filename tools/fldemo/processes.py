@@ -6,6 +6,7 @@ main thread. ``Supervisor`` as a context manager ends them all in every other ca
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -50,14 +51,14 @@ class Event(NamedTuple):
 
 @dataclass(eq=False)
 class Child:
-    """A running program. ``killed``: by us, with SIGKILL, on purpose."""
+    """A running program. ``expected_end``: we ended it ourselves, so its exit code says nothing."""
 
     name: str
     command: tuple[str, ...]
     log_file: Path
     process: subprocess.Popen[bytes]
     reader: threading.Thread | None = None
-    killed: bool = False
+    expected_end: bool = False
 
     @property
     def pid(self) -> int:
@@ -70,10 +71,8 @@ class Child:
     def signal(self, number: signal.Signals) -> None:
         """To its whole process group; nothing happens if it has ended."""
         if self.process.poll() is None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
-            except ProcessLookupError:
-                pass
 
     def failure(self, what: str) -> ProcessError:
         """``what`` happened, with the end of the log."""
@@ -96,7 +95,9 @@ class Supervisor:
         child = self._spawn(name, command, log_file, subprocess.PIPE if read_events else None)
         self.children[name] = child
         if read_events:
-            child.reader = threading.Thread(target=self._read, args=(child,), name=f"read-{name}", daemon=True)
+            child.reader = threading.Thread(
+                target=self._read, args=(child,), name=f"read-{name}", daemon=True
+            )
             child.reader.start()
         return child
 
@@ -129,21 +130,49 @@ class Supervisor:
 
     def kill(self, child: Child) -> None:
         """SIGKILL, as a power cut would; waits until it is gone."""
-        child.killed = True
+        child.expected_end = True
         child.signal(signal.SIGKILL)
         child.process.wait()
+
+    def stop(self, child: Child) -> None:
+        """SIGTERM, then SIGKILL after some seconds."""
+        child.expected_end = True
+        self._end([child])
+
+    def wait(self, child: Child, timeout_s: float) -> int:
+        """Its exit code, once all its events are in the queue. Raises ProcessError if it does not end."""
+        try:
+            code = child.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise child.failure(f"did not end within {timeout_s:.0f} s") from None
+        if child.reader is not None:
+            child.reader.join(_GRACE_S)
+        return code
 
     def check(self) -> None:
         """Raises ProcessError if a program ended with a failure that we did not cause."""
         for child in self.children.values():
             code = child.exit_code()
-            if code not in (None, 0) and not child.killed:
-                how = f"ended with code {code}" if code and code > 0 else f"was ended by signal {-(code or 0)}"
+            if code not in (None, 0) and not child.expected_end:
+                how = (
+                    f"ended with code {code}" if code and code > 0 else f"was ended by signal {-(code or 0)}"
+                )
                 raise child.failure(how)
 
     def stop_all(self) -> None:
         """SIGTERM to all that still run, then SIGKILL."""
-        alive = [child for child in self.children.values() if child.exit_code() is None]
+        self._end(list(self.children.values()))
+
+    def __enter__(self) -> Supervisor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop_all()
+
+    def _end(self, children: Sequence[Child]) -> None:
+        alive = [child for child in children if child.exit_code() is None]
         for child in alive:
             child.signal(signal.SIGTERM)
         deadline = time.monotonic() + _GRACE_S
@@ -153,14 +182,6 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 child.signal(signal.SIGKILL)
                 child.process.wait()
-
-    def __enter__(self) -> Supervisor:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop_all()
 
     def _spawn(self, name: str, command: Sequence[str], log_file: Path, stdout: int | None) -> Child:
         with log_file.open("ab") as log:

@@ -1,0 +1,237 @@
+"""The aggregator as a process: wires the parts of a folder together and runs the loop between broker and engine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from aggregator.blob_server import BlobServer
+from aggregator.config import AggregatorConfig
+from aggregator.engine import Engine, Incoming, Report
+from aggregator.files import FolderLock, make_private_folder, write_atomic
+from aggregator.inbox.inbox import Inbox
+from aggregator.ledger import database
+from aggregator.ledger.ledger import Ledger
+from aggregator.round_keys import RoundKeys
+from aggregator.round_maker import Identity, RoundMaker
+from aggregator.update_inbox import UpdateInbox
+from aggregator.versions import VersionStore
+from edge_runtime.backends.artifact_folder import read_artifact_folder
+from edge_runtime.protocol import topics
+from edge_runtime.protocol.artifact import Artifact
+from edge_runtime.protocol.codecs import codec_named
+from edge_runtime.protocol.crypto.keys import SealingPrivateKey, SigningKey, VerifyKey
+from edge_runtime.protocol.crypto.provider import CRYPTO
+from edge_runtime.protocol.envelope import OVERHEAD_BYTES
+from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.settings import read_hex_file
+from edge_runtime.transport.base import Connected, Disconnected, NotConnected, Received, Transport
+from edge_runtime.transport.mqtt import MqttOptions, MqttTransport
+
+BATCH_MESSAGES = 16  # one commit for so many messages, or for what arrives within BATCH_S
+BATCH_S = 0.005
+IDLE_WAIT_S = 0.5
+LINGER_S = 2.0  # after the last round: late devices still get their receipts
+LEDGER_FILE = "ledger.sqlite"
+SEED_FILE = "run_seed"
+
+
+class BrokerTooSmall(FleetgradError):
+    """The broker takes no packet of ``delivery.chunk_bytes``."""
+
+
+def open_ledger(config: AggregatorConfig, *, read_only: bool = False) -> Ledger:
+    """The ledger of an aggregator's folder. Raises LedgerError."""
+    url = database.sqlite_url(config.folder / LEDGER_FILE)
+    return Ledger.open(url, federation=config.federation_id, read_only=read_only)
+
+
+def open_versions(config: AggregatorConfig) -> VersionStore:
+    """The version files of an aggregator's folder. Raises what ``read_artifact_folder`` raises."""
+    return VersionStore(config.folder / "versions", read_artifact_folder(config.artifact))
+
+
+def mqtt_transport(config: AggregatorConfig, client: str) -> MqttTransport:
+    """A transport to the configured broker. Raises TransportError, ConfigError."""
+    options = MqttOptions(
+        address=config.broker.address(), client_id=f"fleetgrad-{config.federation}-{client}"
+    )
+    return MqttTransport(options)
+
+
+@dataclass(kw_only=True)
+class Service:
+    """Use as a context manager: it holds the folder's lock and the ledger's claim. One per folder."""
+
+    config: AggregatorConfig
+    report: Report
+    transport: Transport | None = None
+    take_over: bool = False
+    engine: Engine = field(init=False)
+    _open: ExitStack = field(default_factory=ExitStack, init=False)
+
+    def __enter__(self) -> Service:
+        with self._open as stack:
+            config = self.config
+            make_private_folder(config.folder)
+            stack.enter_context(FolderLock(config.folder))
+            artifact = read_artifact_folder(config.artifact)
+            self.engine = self._build(artifact, stack)
+            self.transport = self.transport or mqtt_transport(config, "aggregator")
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def run(self, *, should_stop: Callable[[], bool], until_finished: bool = False) -> None:
+        """Serve until ``should_stop``, or until all rounds are done.
+
+        Raises BrokerUnreachable, BrokerTooSmall, FencedError (another aggregator took over), CertificateError.
+        """
+        transport, engine = self._transport(), self.engine
+        transport.subscribe(topics.all_up(self.config.federation_id))
+        transport.open(10.0)
+        finished_at: float | None = None
+        try:
+            engine.start()
+            while not should_stop():
+                if engine.finished and until_finished:
+                    finished_at = finished_at or time.monotonic()
+                    if time.monotonic() - finished_at > LINGER_S:
+                        return
+                self._turn(transport, engine)
+        finally:
+            transport.close()
+
+    # ---- the loop -----------------------------------------------------------------------------------
+
+    def _turn(self, transport: Transport, engine: Engine) -> None:
+        """One batch: take, commit, publish, acknowledge - in this order."""
+        self._publish(transport, engine)
+        received = self._gather(transport, engine)
+        if received:
+            engine.handle([Incoming(event.topic, event.payload) for event in received])
+        else:
+            engine.tick()
+        self._publish(transport, engine)
+        for event in received:
+            transport.ack(event)
+
+    def _gather(self, transport: Transport, engine: Engine) -> list[Received]:
+        wake_at = engine.next_wake()
+        patience = IDLE_WAIT_S if wake_at is None else min(max(wake_at - engine.clock(), 0.0), IDLE_WAIT_S)
+        received: list[Received] = []
+        until: float | None = None
+        while len(received) < BATCH_MESSAGES:
+            event = transport.next_event(patience)
+            match event:
+                case None:
+                    break
+                case Received():
+                    received.append(event)
+                    until = until or time.monotonic() + BATCH_S
+                case Connected():
+                    self._check_packet_limit(event)
+                    self.report("connected", session_present=event.session_present)
+                    engine.announce()
+                    break
+                case Disconnected():
+                    self.report("disconnected", reason=event.reason)
+            patience = max((until or 0.0) - time.monotonic(), 0.0)
+        return received
+
+    def _publish(self, transport: Transport, engine: Engine) -> None:
+        while engine.outgoing:
+            message = engine.outgoing[0]
+            try:
+                transport.publish(message.topic, message.payload, retain=message.retain)
+            except NotConnected:
+                # Receipts are asked for again by the device; the manifest is announced at the next connect.
+                engine.outgoing.clear()
+                return
+            engine.outgoing.popleft()
+
+    def _check_packet_limit(self, event: Connected) -> None:
+        needed = self.config.delivery.chunk_bytes + OVERHEAD_BYTES
+        if event.max_packet_bytes is not None and event.max_packet_bytes < needed:
+            raise BrokerTooSmall(
+                f"the broker takes packets of at most {event.max_packet_bytes} bytes, a chunk needs {needed}: set "
+                f"[delivery] chunk_bytes to at most {event.max_packet_bytes - OVERHEAD_BYTES}, or raise the "
+                "broker's limit (mosquitto: max_packet_size)"
+            )
+
+    def _transport(self) -> Transport:
+        if self.transport is None:
+            raise RuntimeError("a Service is used as a context manager")
+        return self.transport
+
+    # ---- wiring -------------------------------------------------------------------------------------
+
+    def _build(self, artifact: Artifact, stack: ExitStack) -> Engine:
+        config = self.config
+        ledger = stack.enter_context(closing(open_ledger(config)))
+        ledger.claim(f"{socket.gethostname()}:{config.folder.resolve()}", take_over=self.take_over)
+        inbox = stack.enter_context(closing(Inbox(config.folder / "inbox", durable=ledger.durable_ends())))
+        plan = config.plan.plan(config.round.cohort)
+        keys = RoundKeys(config.folder / "round-keys", CRYPTO, os.urandom)
+        blobs = BlobServer(
+            config.federation_id,
+            config.delivery.chunk_bytes,
+            gather_s=config.delivery.gather_s,
+            bytes_per_s=config.delivery.bytes_per_s,
+        )
+        count = artifact.manifest.parameter_count
+        largest = max(codec_named(name).max_bytes(count) for name in plan.codecs)
+        return Engine(
+            federation=config.federation_id,
+            rules=config.round.rules(),
+            plan=plan,
+            run_seed=self._run_seed(),
+            ledger=ledger,
+            updates=UpdateInbox(
+                federation=config.federation_id, provider=CRYPTO, inbox=inbox, max_bytes=largest + 1024
+            ),
+            keys=keys,
+            versions=VersionStore(config.folder / "versions", artifact),
+            maker=RoundMaker(
+                identity=self._identity(),
+                provider=CRYPTO,
+                plan=plan,
+                artifact=artifact,
+                blobs=blobs,
+                keys=keys,
+                entropy=os.urandom,
+            ),
+            blobs=blobs,
+            clock=time.time,
+            report=self.report,
+            keep_updates=config.keep_updates,
+        )
+
+    def _identity(self) -> Identity:
+        config = self.config
+        return Identity(
+            federation=config.federation_id,
+            generation=config.generation,
+            signing_key=SigningKey(read_hex_file(config.signing_key_file, 32)),
+            sealing_key=SealingPrivateKey(read_hex_file(config.sealing_key_file, 32)),
+            certificate=read_hex_file(config.certificate_file),
+            root=VerifyKey(config.root_key_bytes),
+        )
+
+    def _run_seed(self) -> bytes:
+        config = self.config
+        if config.run_seed_file is not None:
+            return read_hex_file(config.run_seed_file, 32)
+        path = config.folder / SEED_FILE
+        if not path.exists():
+            write_atomic(path, os.urandom(32).hex().encode())
+        return read_hex_file(path, 32)

@@ -1,0 +1,187 @@
+"""``aggregator init``: a folder with settings, keys, registrar and certificate, complete or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from aggregator import registrar
+from aggregator.config import AggregatorConfig, DeliveryConfig, PlanConfig, RoundConfig
+from aggregator.files import make_private_folder, write_atomic
+from edge_runtime.backends.artifact_folder import read_artifact_folder
+from edge_runtime.protocol.crypto.provider import CRYPTO
+from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.settings import structure
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CONFIG_FILE = "aggregator.toml"
+LAST_ROUND = 1_000_000
+
+# The comments of the file, by section and key; every key of the settings has one (a test checks it).
+COMMENTS: dict[str, dict[str, str]] = {
+    "": {
+        "federation": "The federation's name, part of every topic and signature.",
+        "folder": "All state: ledger, inbox, versions. Relative paths are relative to this file.",
+        "artifact": "What `model-export build` wrote.",
+        "root_key": "The registrar's public key: certificates must be signed by it.",
+        "certificate_file": "The root's word that these keys are ours; `aggregator registrar certify` renews it.",
+        "signing_key_file": "Signs manifests and receipts. Secret.",
+        "sealing_key_file": "Opens check-ins and telemetry. Secret.",
+        "generation": "Raise by one, with a new certificate, after restoring the ledger from a backup.",
+        "keep_updates": "Keep the sealed updates of closed rounds. Nobody can open them: the round's key is gone.",
+    },
+    "broker": {"url": "mqtt://host:port, or mqtts:// with ca_file, cert_file and key_file below."},
+    "round": {
+        "rounds": "Versions to make in all.",
+        "cohort": "Devices selected for a round; more than goal is over-selection against dropout.",
+        "goal": "Close the round as soon as so many updates are stored.",
+        "minimum": "Close it at the deadline with at least so many; with fewer it is aborted.",
+        "deadline_s": "Seconds from the manifest to the cut-off.",
+        "fleet": "Wait for so many check-ins before the first round; 0: as many as the cohort.",
+        "patience_s": "After so long without a full cohort, open a round with at least `minimum` devices.",
+        "retry_s": "Seconds between two looks while waiting.",
+    },
+    "plan": {
+        "epochs": "Passes of a device over its data in a round; or set steps and epochs = 0.",
+        "steps": "Optimiser steps of a device in a round; 0: use epochs.",
+        "batch_size": "Samples in an optimiser step.",
+        "learning_rate": "Of SGD on the device.",
+        "momentum": "Of SGD on the device; starts at zero in every round.",
+        "max_grad_norm": "Clip each gradient to this L2 norm; 0: never.",
+        "beta": "An update weighs (samples / sample_cap)^(1 + beta); 0 is FedAvg, -1 counts devices alike.",
+        "sample_cap": "More samples than this count as this many.",
+        "max_abs_delta": "An update with a larger coordinate is refused.",
+        "codecs": "How updates may travel, best first.",
+    },
+    "delivery": {
+        "chunk_bytes": "Packet size of models and updates; the broker must allow 512 bytes more.",
+        "gather_s": "Seconds a model waits for other devices to ask before it is sent to all of them at once.",
+        "bytes_per_s": "Pace of all that is sent to devices.",
+    },
+}
+
+
+def initialise(
+    folder: Path, federation: str, artifact: Path, broker_url: str, settings: Sequence[str]
+) -> Path:
+    """Everything ``serve`` needs, in a new folder; returns the settings file.
+
+    ``settings``: ``section.key=value`` in TOML spelling. Raises ConfigError, RegistrarError, ArtifactFolderError,
+    FleetgradError for a folder that is in use; nothing is left behind then.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise FleetgradError(
+            f"{folder} is not empty: choose a new folder, or remove it if nothing in it is needed"
+        )
+    read_artifact_folder(artifact)  # a bad artifact is told before any key is made
+    chosen = [_setting(text) for text in settings]
+    existed = folder.exists()
+    make_private_folder(folder)
+    try:
+        return _fill(folder, federation, artifact, broker_url, chosen)
+    except BaseException:
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not existed:
+            folder.rmdir()
+        raise
+
+
+def write_certificate(path: Path, certificate: bytes) -> None:
+    """A certificate file: hex, so that it survives mail and terminals."""
+    write_atomic(path, certificate.hex().encode() + b"\n", mode=0o644)
+
+
+def _fill(
+    folder: Path, federation: str, artifact: Path, broker_url: str, chosen: list[tuple[str, str, str]]
+) -> Path:
+    authority = registrar.create(folder / "registrar", federation)
+    keys = folder / "keys"
+    make_private_folder(keys)
+    signing = CRYPTO.generate_signing_key(os.urandom(32))
+    sealing = CRYPTO.generate_sealing_key(os.urandom(32))
+    write_atomic(keys / "signing.key", signing.to_bytes().hex().encode() + b"\n")
+    write_atomic(keys / "sealing.key", sealing.to_bytes().hex().encode() + b"\n")
+    public = (CRYPTO.verify_key(signing).raw, CRYPTO.sealing_public_key(sealing).raw)
+    write_certificate(keys / "certificate", authority.certify_aggregator(*public, 1, 0, LAST_ROUND))
+    authority.close()
+    text = settings_text(
+        {
+            "federation": _toml(federation),
+            "folder": _toml("state"),
+            "artifact": _toml(str(artifact.resolve())),
+            "root_key": _toml(authority.root.raw.hex()),
+            "certificate_file": _toml("keys/certificate"),
+            "signing_key_file": _toml("keys/signing.key"),
+            "sealing_key_file": _toml("keys/sealing.key"),
+            "broker.url": _toml(broker_url),
+        },
+        chosen,
+    )
+    path = folder / CONFIG_FILE
+    structure(tomllib.loads(text), AggregatorConfig, path)
+    write_atomic(path, text.encode())
+    return path
+
+
+def settings_text(required: dict[str, str], chosen: Sequence[tuple[str, str, str]]) -> str:
+    """The commented settings file. ``required``, ``chosen``: values in TOML spelling, by dotted key."""
+    values = {
+        "generation": "1",
+        "keep_updates": "false",
+        **_defaults("round", RoundConfig()),
+        **_defaults("plan", PlanConfig()),
+        **_defaults("delivery", DeliveryConfig()),
+        **required,
+        **{f"{section}.{key}" if section else key: value for section, key, value in chosen},
+    }
+    lines = ["# Settings of one aggregator. Unknown keys are refused, so a typo is never silent."]
+    for section, comments in COMMENTS.items():
+        if section:
+            lines += ["", f"[{section}]"]
+        for key, comment in comments.items():
+            lines += [f"# {comment}", f"{key} = {values.pop(f'{section}.{key}' if section else key)}"]
+        for name in [name for name in values if name.rpartition(".")[0] == section]:
+            lines.append(f"{name.rpartition('.')[2]} = {values.pop(name)}")
+    for name, value in values.items():
+        section, _, key = name.rpartition(".")
+        lines += ["", f"[{section}]", f"{key} = {value}"]
+    return "\n".join(lines) + "\n"
+
+
+def _defaults(section: str, config: RoundConfig | PlanConfig | DeliveryConfig) -> dict[str, str]:
+    return {f"{section}.{f.name}": _toml(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _setting(text: str) -> tuple[str, str, str]:
+    name, equals, value = text.partition("=")
+    section, _, key = name.strip().rpartition(".")
+    if not equals or not key.isidentifier() or (section and not section.isidentifier()):
+        raise FleetgradError(f"--set takes section.key=value, not {text[:80]!r}")
+    value = value.strip()
+    try:
+        tomllib.loads(f"x = {value}")
+    except tomllib.TOMLDecodeError:
+        value = _toml(value)  # a bare word is text
+    return section, key, value
+
+
+def _toml(value: object) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+            return f'"{escaped}"'
+        case tuple():
+            return "[" + ", ".join(_toml(item) for item in value) + "]"
+        case _:
+            return str(value)

@@ -1,0 +1,62 @@
+"""What every command line of this project does alike: errors in one line, reports as text or JSON, clean stops."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from edge_runtime.protocol.errors import FleetgradError
+
+FAILED = 1
+Report = Callable[..., None]
+"""``report(event, **fields)``: what is happening."""
+
+
+def run_program(name: str, app: Callable[[], Any]) -> None:
+    """Run a typer application: an error of ours is one line on stderr and exit code 1, never a traceback."""
+    try:
+        app()
+    except FleetgradError as error:
+        sys.stderr.write(f"{name}: {error}\n")
+        sys.exit(FAILED)
+    except OSError as error:
+        sys.stderr.write(f"{name}: {error}: check the disk, the folder and its permissions\n")
+        sys.exit(FAILED)
+
+
+def stopped_by_signal() -> Callable[[], bool]:
+    """True once SIGINT or SIGTERM has come. Call it from the main thread."""
+    caught: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda got, _: caught.append(got))
+    return lambda: bool(caught)
+
+
+def json_report(**common: object) -> Report:
+    """One JSON object per event and line on stdout; ``common``: fields of all of them."""
+
+    def report(event: str, **fields: object) -> None:
+        document = {"time": round(time.time(), 3), **common, "event": event, **fields}
+        sys.stdout.write(json.dumps(document) + "\n")
+        sys.stdout.flush()
+
+    return report
+
+
+def text_report() -> Report:
+    """One line per event on stdout, for people."""
+
+    def report(event: str, **fields: object) -> None:
+        words = " ".join(
+            f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in fields.items()
+            if value is not None
+        )
+        sys.stdout.write(f"{time.strftime('%H:%M:%S')}  {event.replace('_', ' '):18} {words}\n")
+        sys.stdout.flush()
+
+    return report

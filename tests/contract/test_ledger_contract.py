@@ -1,0 +1,414 @@
+"""What every database behind the ledger must keep. A new one is one more URL."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sqlalchemy
+
+from aggregator.core.records import (
+    CheckedIn,
+    Record,
+    RoundAborted,
+    RoundFrozen,
+    RoundOpened,
+    RoundPublished,
+    UpdateStored,
+    VersionCommitted,
+)
+from aggregator.core.state import State, fold
+from aggregator.inbox.segments import Position
+from aggregator.ledger import tables
+from aggregator.ledger.database import sqlite_url
+from aggregator.ledger.errors import FencedError, LedgerError, LedgerInUseError
+from aggregator.ledger.invariants import check_invariants
+from aggregator.ledger.ledger import Ledger
+from aggregator.ledger.values import Batch, Count, DeviceSeen, Piece
+from edge_runtime.protocol.errors import LocalProtocolError
+from edge_runtime.protocol.ids import DeviceId, FederationId, RoundId, sha256
+from edge_runtime.protocol.messages import Telemetry
+from edge_runtime.protocol.rejects import Reject
+from edge_runtime.protocol.rounds import Outcome, Phase
+
+POSTGRES = os.environ.get("FLEETGRAD_TEST_POSTGRES_URL", "")
+FEDERATION = FederationId("fed")
+A, B, C = DeviceId("a"), DeviceId("b"), DeviceId("c")
+ONE, TWO = RoundId(1, 1), RoundId(1, 2)
+
+
+@pytest.fixture(
+    params=[
+        "sqlite",
+        pytest.param(
+            "postgresql",
+            marks=pytest.mark.skipif(not POSTGRES, reason="FLEETGRAD_TEST_POSTGRES_URL is not set"),
+        ),
+    ]
+)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return sqlite_url(tmp_path / "ledger.db")
+    engine = sqlalchemy.create_engine(POSTGRES)
+    tables.metadata.drop_all(engine)
+    engine.dispose()
+    return POSTGRES
+
+
+@pytest.fixture
+def ledger(url: str) -> Iterator[Ledger]:
+    ledger = Ledger.open(url, federation=FEDERATION, clock=lambda: 50.0)
+    ledger.claim("here")
+    yield ledger
+    ledger.close()
+
+
+def check_in(device: DeviceId, sequence: int = 1) -> CheckedIn:
+    return CheckedIn(
+        device=device, sequence=sequence, expires_at=99.5, samples=10, codecs=("int8", "float32")
+    )
+
+
+def opened(round_id: RoundId = ONE, base: int = 0, cohort: tuple[DeviceId, ...] = (A, B, C)) -> RoundOpened:
+    manifest = bytes(range(256))
+    return RoundOpened(
+        round_id=round_id,
+        base_version=base,
+        cohort=cohort,
+        deadline=80.25,
+        manifest=manifest,
+        manifest_digest=sha256(manifest),
+    )
+
+
+def stored(device: DeviceId, round_id: RoundId = ONE) -> UpdateStored:
+    return UpdateStored(round_id=round_id, device=device, digest=sha256(device.encode()), samples=7)
+
+
+def frozen(*devices: DeviceId, round_id: RoundId = ONE) -> RoundFrozen:
+    return RoundFrozen(round_id=round_id, accepted=devices)
+
+
+def committed(
+    version: int = 1, round_id: RoundId = ONE, excluded: tuple[tuple[DeviceId, Reject], ...] = ()
+) -> VersionCommitted:
+    return VersionCommitted(
+        round_id=round_id, version=version, model_digest=sha256(b"model"), excluded=excluded
+    )
+
+
+def commit(ledger: Ledger, *records: Record) -> None:
+    ledger.commit(Batch(records=records))
+
+
+def outcome(ledger: Ledger, device: DeviceId, round_id: RoundId = ONE) -> tuple[object, object, object]:
+    row = ledger.find_update(round_id, device)
+    assert row is not None
+    return row.outcome, row.version, row.reason
+
+
+# ---- rounds -----------------------------------------------------------------------------------------
+
+
+def test_the_journal_gives_back_every_kind_of_record_as_it_was(ledger: Ledger) -> None:
+    records: list[Record] = [
+        check_in(A, (1 << 64) - 1),
+        opened(),
+        stored(A),
+        stored(B),
+        frozen(A, B),
+        committed(excluded=((B, Reject.BAD_SEAL),)),
+        RoundPublished(round_id=ONE, at=60.5),
+        opened(TWO, base=1),
+        RoundAborted(round_id=TWO, reason="too few: 0", at=70.0),
+    ]
+    commit(ledger, *records[:3])
+    commit(ledger, *records[3:])
+    assert list(ledger.journal()) == records
+    assert check_invariants(ledger) == []
+
+
+def test_a_committed_version_aggregates_the_accepted_and_excludes_the_unreadable(ledger: Ledger) -> None:
+    commit(ledger, opened(), stored(A), stored(B), frozen(A, B))
+    assert outcome(ledger, A) == (None, None, None)
+    commit(ledger, committed(excluded=((B, Reject.BAD_SEAL),)))
+    assert outcome(ledger, A) == (Outcome.AGGREGATED, 1, None)
+    assert outcome(ledger, B) == (Outcome.EXCLUDED, None, "bad_seal")
+    (version,) = ledger.versions()
+    assert (version.version, version.round_id, version.model_digest) == (1, ONE, sha256(b"model"))
+    assert check_invariants(ledger) == []
+
+
+def test_a_stored_update_outside_the_frozen_set_is_excluded(ledger: Ledger) -> None:
+    commit(ledger, opened(), stored(A), stored(B), frozen(A), committed())
+    assert outcome(ledger, B) == (Outcome.EXCLUDED, None, "not_accepted")
+
+
+def test_an_aborted_round_aborts_its_updates_and_no_others(ledger: Ledger) -> None:
+    commit(ledger, opened(), stored(A), frozen(A), committed(), RoundPublished(round_id=ONE, at=60.0))
+    commit(ledger, opened(TWO, base=1), stored(A, TWO), RoundAborted(round_id=TWO, reason="late", at=70.0))
+    assert outcome(ledger, A) == (Outcome.AGGREGATED, 1, None)
+    assert outcome(ledger, A, TWO) == (Outcome.ABORTED, None, None)
+    last, first = ledger.rounds(10)
+    assert (last.phase, last.reason, last.closed_at, last.accepted) == (Phase.ABORTED, "late", 70.0, None)
+    assert (first.phase, first.stored, first.accepted, first.cohort_size) == (Phase.PUBLISHED, 1, 1, 3)
+    assert ledger.rounds(1) == [last]
+    assert check_invariants(ledger) == []
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        pytest.param([stored(A)], id="an update stored twice"),
+        pytest.param([stored(A, TWO)], id="an update of an unknown round"),
+        pytest.param([opened(TWO)], id="a round beside an open one"),
+        pytest.param([frozen(A, C)], id="an accepted update that is not stored"),
+        pytest.param([committed()], id="a version of a round that is not frozen"),
+        pytest.param([frozen(A, B), stored(C)], id="an update after the freeze"),
+        pytest.param([frozen(A, B), frozen(A, B)], id="a round frozen twice"),
+        pytest.param([frozen(A, B), committed(version=2)], id="a version that skips one"),
+        pytest.param(
+            [frozen(A, B), committed(excluded=((C, Reject.BAD_SEAL),))], id="excluded, not accepted"
+        ),
+        pytest.param(
+            [RoundAborted(round_id=ONE, reason="", at=1.0), opened(RoundId(2, 2))], id="another generation"
+        ),
+    ],
+)
+def test_a_batch_that_contradicts_the_ledger_changes_nothing(ledger: Ledger, records: list[Record]) -> None:
+    commit(ledger, opened(), stored(A), stored(B))
+    state, journal = ledger.load_state(), list(ledger.journal())
+    with pytest.raises(LocalProtocolError):
+        ledger.commit(Batch(records=(check_in(C), *records), counts={Count.LATE: 1}))
+    assert ledger.load_state() == state
+    assert list(ledger.journal()) == journal
+    assert ledger.totals().counts[Count.LATE] == 0
+    assert check_invariants(ledger) == []
+
+
+# ---- recovery ---------------------------------------------------------------------------------------
+
+
+def test_recovery_equals_the_fold_at_every_point_of_a_run(ledger: Ledger) -> None:
+    run: list[Record] = [
+        check_in(A),
+        check_in(B),
+        check_in(C),
+        opened(cohort=(A, B)),
+        check_in(A, 2),
+        stored(A),
+        RoundAborted(round_id=ONE, reason="", at=55.0),
+        opened(TWO, cohort=(A, C)),
+        stored(C, TWO),
+        check_in(B, 3),
+        frozen(C, round_id=TWO),
+        committed(round_id=TWO),
+        RoundPublished(round_id=TWO, at=65.0),
+        check_in(C, 4),
+        opened(RoundId(1, 3), base=1, cohort=(B,)),
+    ]
+    for n, record in enumerate(run, 1):
+        commit(ledger, record)
+        assert ledger.load_state() == fold(State(), run[:n])
+
+
+def test_an_empty_ledger_recovers_to_the_first_state(ledger: Ledger) -> None:
+    assert ledger.load_state() == State()
+
+
+# ---- the fence --------------------------------------------------------------------------------------
+
+
+def test_the_same_holder_claims_again_after_a_crash_and_fences_its_past(url: str, ledger: Ledger) -> None:
+    again = Ledger.open(url, federation=FEDERATION)
+    assert again.claim("here") == 2
+    with pytest.raises(FencedError, match="taken the ledger over"):
+        commit(ledger, check_in(A))
+    with pytest.raises(FencedError):
+        ledger.release()
+    commit(again, check_in(B))
+    assert list(again.journal()) == [check_in(B)]
+    again.close()
+
+
+def test_another_holder_is_refused_until_it_takes_over_or_the_first_releases(
+    url: str, ledger: Ledger
+) -> None:
+    other = Ledger.open(url, federation=FEDERATION, clock=lambda: 53.0)
+    with pytest.raises(LedgerInUseError, match="claimed by here, last seen 3 s ago"):
+        other.claim("there")
+    commit(ledger, check_in(A))
+    assert other.claim("there", take_over=True) == 2
+    with pytest.raises(FencedError):
+        commit(ledger, check_in(A, 2))
+    other.release()
+    assert ledger.claim("here") == 3
+    commit(ledger, check_in(A, 3))
+    other.close()
+
+
+def test_nothing_is_committed_without_a_claim(url: str) -> None:
+    ledger = Ledger.open(url, federation=FEDERATION)
+    with pytest.raises(LocalProtocolError, match="claim"):
+        commit(ledger, check_in(A))
+    ledger.close()
+
+
+# ---- rows beside the records ------------------------------------------------------------------------
+
+
+def test_a_devices_sequence_never_goes_back_and_its_first_sight_stays(url: str) -> None:
+    now = [10.0]
+    ledger = Ledger.open(url, federation=FEDERATION, clock=lambda: now[0])
+    ledger.claim("here")
+    row = DeviceSeen(device=A, signing_key=b"k" * 32, certificate=b"old", sequence=1 << 63)
+    ledger.commit(Batch(devices=(row,)))
+    now[0] = 20.0
+    ledger.commit(Batch(devices=(replace(row, certificate=b"new", sequence=5),)))
+    seen = ledger.device(A)
+    assert seen is not None
+    assert (seen.last_sequence, seen.certificate, seen.first_seen, seen.last_seen) == (
+        1 << 63,
+        b"new",
+        10.0,
+        20.0,
+    )
+    ledger.commit(Batch(devices=(replace(row, sequence=(1 << 64) - 1),)))
+    assert [row.last_sequence for row in ledger.devices()] == [(1 << 64) - 1]
+    assert ledger.device(B) is None
+    ledger.close()
+
+
+def test_counters_add_up_and_refusals_are_counted_by_code(ledger: Ledger) -> None:
+    for _ in range(2):
+        ledger.commit(Batch(counts={Reject.BAD_SEAL: 2, Count.LATE: 1, Count.BYTES_UP: 1 << 40}))
+    totals = ledger.totals()
+    assert totals.rejects == {Reject.BAD_SEAL: 4}
+    assert totals.counts == {
+        Count.LATE: 2,
+        Count.DUPLICATE: 0,
+        Count.BYTES_UP: 1 << 41,
+        Count.BYTES_DOWN: 0,
+    }
+
+
+def test_totals_count_rounds_by_phase_and_updates_by_outcome(ledger: Ledger) -> None:
+    commit(ledger, opened(), stored(A), stored(B), frozen(A, B))
+    commit(ledger, committed(excluded=((B, Reject.BAD_SEAL),)), RoundPublished(round_id=ONE, at=60.0))
+    commit(ledger, opened(TWO, base=1), stored(C, TWO))
+    totals = ledger.totals()
+    assert totals.version == 1
+    assert totals.rounds == {Phase.PUBLISHED: 1, Phase.COLLECTING: 1}
+    assert totals.outcomes == {Outcome.AGGREGATED: 1, Outcome.EXCLUDED: 1, None: 1}
+
+
+def test_telemetry_keeps_the_last_report_and_totals_over_restarts_of_the_device(ledger: Ledger) -> None:
+    first = Telemetry(train_s=1.5, steps=10, samples=100, peak_memory_bytes=900, bytes_up=50, bytes_down=500)
+    same_process = replace(first, bytes_up=80, bytes_down=500, peak_memory_bytes=700)
+    restarted = replace(first, bytes_up=20, bytes_down=30, temperature_c=51.5)
+    ledger.commit(Batch(telemetry=((A, first), (A, same_process))))
+    ledger.commit(Batch(telemetry=((A, restarted), (B, first))))
+    row, other = ledger.telemetry()
+    assert row.latest == restarted
+    assert (row.reports, row.train_s, row.steps, row.samples) == (3, 4.5, 30, 300)
+    assert (row.bytes_up, row.bytes_down, row.peak_memory_bytes) == (100, 530, 900)
+    assert (other.device, other.reports) == (B, 1)
+
+
+def test_absurd_telemetry_saturates_instead_of_stopping_the_aggregator(ledger: Ledger) -> None:
+    absurd = Telemetry(
+        train_s=1e308, samples=(1 << 64) - 1, peak_memory_bytes=(1 << 64) - 1, bytes_up=(1 << 64) - 1
+    )
+    ledger.commit(Batch(telemetry=((A, absurd), (A, absurd))))
+    (row,) = ledger.telemetry()
+    assert row.latest == absurd
+    assert row.samples == row.peak_memory_bytes == row.bytes_up == (1 << 63) - 1
+
+
+def test_metrics_belong_to_a_version_that_exists(ledger: Ledger) -> None:
+    commit(ledger, opened(), stored(A), frozen(A), committed())
+    ledger.commit(Batch(metrics={1: {"accuracy": 0.5, "loss": 2.0}}))
+    assert [row.metrics for row in ledger.versions()] == [{"accuracy": 0.5, "loss": 2.0}]
+    with pytest.raises(LocalProtocolError, match="version 2"):
+        ledger.commit(Batch(metrics={2: {"accuracy": 0.5}}))
+
+
+# ---- the inbox's index ------------------------------------------------------------------------------
+
+
+def piece(device: DeviceId, index: int, offset: int, *, segment: int = 0, content: bytes = b"") -> Piece:
+    return Piece(
+        round_id=ONE,
+        device=device,
+        digest=sha256(content or device.encode()),
+        index=index,
+        count=2,
+        position=Position(segment, offset, 100),
+    )
+
+
+def test_pieces_come_back_in_order_and_a_duplicate_keeps_its_first_place(ledger: Ledger) -> None:
+    commit(ledger, opened())
+    ledger.commit(Batch(pieces=(piece(A, 1, 8), piece(B, 0, 300), piece(A, 0, 200, content=b"other bytes"))))
+    ledger.commit(Batch(pieces=(piece(A, 0, 8, segment=1), piece(A, 1, 500)), records=(stored(A),)))
+    assert ledger.pieces_of(ONE, A) == [Position(1, 8, 100), Position(0, 8, 100)]
+    assert ledger.pieces_of(ONE, B) == []
+    assert ledger.unfinished_pieces(ONE) == [piece(B, 0, 300)]
+    assert ledger.durable_ends() == {ONE: Position(1, 8, 100)}
+    assert check_invariants(ledger) == []
+
+
+def test_forgotten_pieces_leave_the_index_and_the_update_keeps_its_outcome(ledger: Ledger) -> None:
+    commit(ledger, opened())
+    ledger.commit(Batch(pieces=(piece(A, 0, 8), piece(A, 1, 200)), records=(stored(A), frozen(A))))
+    commit(ledger, committed())
+    ledger.commit(Batch(records=(RoundPublished(round_id=ONE, at=60.0),), forget_pieces=(ONE,)))
+    assert ledger.pieces_of(ONE, A) == []
+    assert ledger.durable_ends() == {}
+    assert outcome(ledger, A) == (Outcome.AGGREGATED, 1, None)
+
+
+def test_the_invariants_name_a_stored_update_with_a_missing_piece(ledger: Ledger) -> None:
+    commit(ledger, opened())
+    ledger.commit(Batch(pieces=(piece(A, 1, 8),), records=(stored(A),)))
+    assert any("pieces missing" in text for text in check_invariants(ledger))
+
+
+# ---- opening ----------------------------------------------------------------------------------------
+
+
+def test_what_was_committed_is_there_after_opening_again(url: str, ledger: Ledger) -> None:
+    commit(ledger, check_in(A), opened(), stored(A))
+    again = Ledger.open(url, federation=FEDERATION)
+    assert again.load_state() == ledger.load_state() == fold(State(), ledger.journal())
+    again.close()
+
+
+def test_a_reader_sees_commits_while_the_writer_goes_on_and_can_change_nothing(
+    url: str, ledger: Ledger
+) -> None:
+    reader = Ledger.open(url, federation=FEDERATION, read_only=True)
+    commit(ledger, opened(), stored(A))
+    assert reader.load_state() == ledger.load_state()
+    with pytest.raises(LocalProtocolError, match="reading only"):
+        reader.claim("reader")
+    commit(ledger, stored(B))
+    assert len(reader.updates(ONE)) == 2
+    reader.close()
+
+
+def test_another_federations_ledger_is_refused(url: str, ledger: Ledger) -> None:
+    with pytest.raises(LedgerError, match="belongs to federation 'fed', not 'other'"):
+        Ledger.open(url, federation=FederationId("other"))
+
+
+def test_a_newer_schema_is_refused_with_what_to_do(url: str, ledger: Ledger) -> None:
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.update(tables.meta).values(schema=tables.SCHEMA + 1))
+    engine.dispose()
+    with pytest.raises(LedgerError, match="schema 2, this release knows 1"):
+        Ledger.open(url, federation=FEDERATION)

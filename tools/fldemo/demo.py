@@ -1,0 +1,175 @@
+"""One run from an empty folder to judged figures."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.backends.artifact_folder import read_artifact_folder
+from edge_runtime.protocol.artifact import Artifact
+from fldemo.baselines import train_baselines
+from fldemo.data import Split, load_split
+from fldemo.evaluation import Evaluator, accuracy_per_class
+from fldemo.federation import BROKER, ENVIRONMENT, DemoError, Federation, Folders, Run
+from fldemo.figures import Figures, Spread, memory_figures, model_files, round_seconds
+from fldemo.memory import MemorySampler
+from fldemo.processes import Supervisor, program
+from fldemo.scenario import BASELINE_BATCH, DEVICES, PLAN, Round, sample_passes
+from fldemo.verify import Check, verify
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """``broker``: one of ``aggregator.broker.KINDS``; None for the first that is installed."""
+
+    folder: Path
+    seed: int
+    rounds: int
+    export: bool = False
+    broker: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observer:
+    """Who is told of the progress: a sentence for each stage, and every round that ended."""
+
+    say: Callable[[str], None]
+    on_round: Callable[[Round], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """``checks``: any that does not hold makes the demo fail."""
+
+    figures: Figures
+    checks: tuple[Check, ...]
+    rounds: tuple[Round, ...]
+
+
+def run_demo(options: Options, observer: Observer) -> Result:
+    """Everything, in ``options.folder``, which is empty. No child process outlives this call, however it ends.
+
+    Call it from the main thread. Raises FleetgradError, its text made for the user.
+    """
+    started = time.monotonic()
+    folders, memory = Folders(options.folder), MemorySampler()
+    split = load_split(len(DEVICES), options.seed)
+    with ExitStack() as stack:
+        supervisor = stack.enter_context(Supervisor(folders.logs, ENVIRONMENT))
+        artifact_folder = _export(supervisor, folders) if options.export else example_folder() / "artifact"
+        artifact = read_artifact_folder(artifact_folder)
+        evaluator = Evaluator(artifact, split.held_out)
+        federation = Federation(folders, supervisor, memory)
+        broker = federation.start_broker(options.broker, observer.say)
+        stack.callback(broker.stop)
+        stack.callback(supervisor.stop_all)  # before the broker
+        observer.say(f"{broker.kind} runs at {broker.url}; ten devices enrol, logs are in {folders.logs}")
+        federation.set_up(artifact_folder, split.devices, options.seed, options.rounds)
+        memory.start()
+        stack.callback(memory.stop)
+        federation.start()
+        observer.say("the aggregator and ten devices start; two of them will be killed")
+
+        def on_round(round_: Round) -> None:
+            arrays = folders.version(round_.version) / "model.npz"
+            if round_.published and arrays.is_file():
+                round_.accuracy = evaluator.of_npz(arrays)
+            observer.on_round(round_)
+
+        run = federation.follow(on_round)
+        memory.stop()
+        federation.finish(run)
+        kind = broker.kind
+    observer.say("training the baselines: all data in one place, and each device alone")
+    figures = _figures(options, run, memory, kind, artifact, split, evaluator, folders, started)
+    return Result(figures, verify(figures, run, options.rounds), tuple(run.rounds))
+
+
+def example_folder() -> Path:
+    """``examples/digits`` of the source tree. Raises DemoError where only the package is installed."""
+    folder = Path(__file__).resolve().parents[2] / "examples" / "digits"
+    if not (folder / "model.py").is_file():
+        raise DemoError(f"{folder} is missing: run the demo from a checkout of the source, with `make demo`")
+    return folder
+
+
+def _export(supervisor: Supervisor, folders: Folders) -> Path:
+    """A fresh artifact from examples/digits/model.py. Needs the `export` extra."""
+    out = folders.root / "artifact"
+    command = (
+        *(program("model-export"), "build", f"{example_folder() / 'model.py'}:build"),
+        *("--name", "digits", "--out", str(out)),
+    )
+    supervisor.run_all({"model-export": command}, at_once=1, timeout_s=300)
+    return out
+
+
+def _figures(
+    options: Options,
+    run: Run,
+    memory: MemorySampler,
+    broker: str,
+    artifact: Artifact,
+    split: Split,
+    evaluator: Evaluator,
+    folders: Folders,
+    started: float,
+) -> Figures:
+    samples = {device: len(part.y) for device, part in zip(DEVICES, split.devices, strict=True)}
+    baselines = train_baselines(
+        artifact,
+        PLAN,
+        pooled=split.pooled,
+        devices=split.devices,
+        evaluator=evaluator,
+        passes=sample_passes(run.rounds, samples, PLAN),
+        batch_size=BASELINE_BATCH,
+        seed=options.seed,
+    )
+    predictions = evaluator.predictions(folders.model / "model.onnx")
+    median, mean = round_seconds(run)
+    telemetry = _telemetry(run.status)
+    published = run.published
+    return Figures(
+        seed=options.seed,
+        broker=broker,
+        samples=samples,
+        parameters=artifact.manifest.parameter_count,
+        accuracy=float((predictions == split.held_out.y).mean()),
+        accuracy_npz=evaluator.of_npz(folders.model / "model.npz"),
+        accuracy_per_class=accuracy_per_class(predictions, split.held_out.y),
+        baselines=baselines,
+        rounds=len(published),
+        aborted=sum(round_.aborted for round_ in run.rounds),
+        version=max((round_.version for round_ in published), default=0),
+        late=len(run.late),
+        refused=run.counts["refused"],
+        killed={kill.device: kill.round for kill in run.faults.kills},
+        returned={restart.device: restart.round for restart in run.faults.restarts},
+        updates=sum(len(round_.accepted) for round_ in published),
+        round_median_s=median,
+        round_mean_s=mean,
+        bytes_up=Spread.of([float(values["bytes_up"]) for values in telemetry.values()]),
+        bytes_down=Spread.of([float(values["bytes_down"]) for values in telemetry.values()]),
+        update_bytes_per_parameter=(
+            statistics.mean(run.update_bytes) / artifact.manifest.parameter_count
+            if run.update_bytes
+            else None
+        ),
+        memory=memory_figures(memory, BROKER),
+        start_up_s=run.first_round_at - started,
+        total_s=time.monotonic() - started,
+        files=model_files(folders.model),
+        violations=tuple(str(violation) for violation in run.status.get("violations", ["status names none"])),
+    )
+
+
+def _telemetry(status: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """What each device reported, by name."""
+    devices: Mapping[str, Mapping[str, Any]] = status.get("devices", {})
+    return devices

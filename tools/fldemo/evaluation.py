@@ -1,0 +1,67 @@
+"""Accuracy on the held-out digits: of parameters, and of the files that users take home."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from edge_runtime.backends.ort import OrtBackend
+from edge_runtime.protocol.artifact import Artifact
+from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.tensors import Vector, flatten
+from fldemo.data import CLASSES, Samples
+
+Predictions = npt.NDArray[np.int64]
+
+
+class EvaluationError(FleetgradError):
+    """A model file that does not give one logit per class for each image."""
+
+
+class Evaluator:
+    """Accuracy on the held-out samples of theta or of published files."""
+
+    def __init__(self, artifact: Artifact, held_out: Samples) -> None:
+        self._artifact = artifact
+        self._held_out = held_out
+        self._session = OrtBackend().load(artifact)
+
+    def of_theta(self, theta: Vector) -> float:
+        """Through the inference graph of the artifact."""
+        (logits,) = self._session.infer(theta, (self._held_out.x,))
+        return accuracy(logits, self._held_out.y)
+
+    def of_npz(self, path: Path) -> float:
+        """Of ``model.npz``: parameters by name. Raises TensorError if names or shapes differ."""
+        with np.load(path, allow_pickle=False) as arrays:
+            theta = flatten(self._artifact.manifest.parameters, {name: arrays[name] for name in arrays.files})
+        return self.of_theta(theta)
+
+    def predictions(self, path: Path) -> Predictions:
+        """Classes, shape (held out,), by stock onnxruntime from ``model.onnx`` alone. Raises EvaluationError."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        inputs = session.get_inputs()
+        if len(inputs) != 1:
+            raise EvaluationError(f"{path} takes {len(inputs)} inputs: it must take the images only")
+        logits = np.asarray(session.run(None, {inputs[0].name: self._held_out.x})[0])
+        if logits.shape != (len(self._held_out.y), CLASSES):
+            raise EvaluationError(
+                f"{path} gives shape {logits.shape}, not ({len(self._held_out.y)}, {CLASSES})"
+            )
+        classes: Predictions = logits.argmax(axis=1)
+        return classes
+
+
+def accuracy(logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> float:
+    """Share of rows whose largest logit, shape (n, classes), is that of the label."""
+    return float((logits.argmax(axis=1) == labels).mean())
+
+
+def accuracy_per_class(predictions: Predictions, labels: Predictions) -> tuple[float, ...]:
+    """Share of each class's rows that were recognised."""
+    return tuple(float((predictions[labels == label] == label).mean()) for label in range(CLASSES))
