@@ -6,74 +6,29 @@ leaves before the commit it speaks of, so a crash anywhere loses nothing that wa
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from aggregator.blob_server import BlobServer
 from aggregator.core import step as core
-from aggregator.core.records import Record
 from aggregator.core.state import State, apply
-from aggregator.intake import (
-    CheckInRequest,
-    FetchRequest,
-    Intake,
-    KnownDevice,
-    TelemetryReport,
-    UpdatePiece,
-    open_update,
-)
 from aggregator.ledger.ledger import Ledger
-from aggregator.ledger.values import Batch, Count, DeviceSeen, Piece
+from aggregator.ledger.values import Batch, Piece
+from aggregator.reception import Reception
 from aggregator.round_keys import RoundKeyMissing, RoundKeys
 from aggregator.round_maker import RoundMaker
-from aggregator.rules.mean import aggregate, decode_update
+from aggregator.rules.mean import aggregate
 from aggregator.update_inbox import UpdateInbox
 from aggregator.versions import VersionStore
+from aggregator.work import Incoming, Outgoing, Report, Work
 from edge_runtime.protocol import topics
-from edge_runtime.protocol.errors import LocalProtocolError, RemoteProtocolError
-from edge_runtime.protocol.identities import DeviceCertificate, SignedBytes
-from edge_runtime.protocol.ids import DeviceId, Digest, FederationId, RoundId
-from edge_runtime.protocol.messages import Receipt, Telemetry
+from edge_runtime.protocol.errors import LocalProtocolError
+from edge_runtime.protocol.ids import FederationId, RoundId
+from edge_runtime.protocol.messages import Receipt
 from edge_runtime.protocol.plan import Plan
-from edge_runtime.protocol.rejects import Reject
-from edge_runtime.protocol.rounds import FederationState, Phase, Verdict
+from edge_runtime.protocol.rounds import FederationState, Phase
 from edge_runtime.protocol.tensors import Vector
-
-Report = Callable[..., None]
-"""``report(event, **fields)``: what happens, for the log and the terminal."""
-
-
-@dataclass(frozen=True)
-class Outgoing:
-    """To publish after the commit."""
-
-    topic: str
-    payload: bytes
-    retain: bool = False
-
-
-@dataclass(frozen=True)
-class Incoming:
-    """A message of the broker."""
-
-    topic: str
-    payload: bytes
-
-
-@dataclass
-class _Work:
-    """What one batch gathers before its commit."""
-
-    records: list[Record] = field(default_factory=list)
-    pieces: list[Piece] = field(default_factory=list)
-    devices: dict[DeviceId, DeviceSeen] = field(default_factory=dict)
-    telemetry: list[tuple[DeviceId, Telemetry]] = field(default_factory=list)
-    counts: Counter[Reject | Count] = field(default_factory=Counter)
-    forget: list[RoundId] = field(default_factory=list)
-    effects: deque[core.Effect] = field(default_factory=deque)
-    outgoing: list[Outgoing] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -94,26 +49,30 @@ class Engine:
     report: Report
     keep_updates: bool = False
     state: State = field(init=False)
-    intake: Intake = field(init=False)
     finished: bool = field(default=False, init=False)
     wake_at: float | None = field(default=None, init=False)
     outgoing: deque[Outgoing] = field(default_factory=deque, init=False)
-    _known: dict[DeviceId, KnownDevice] = field(default_factory=dict, init=False)
+    _reception: Reception = field(init=False)
     _theta: Vector = field(init=False)
     _manifest: bytes | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        identity = self.maker.identity
-        self.intake = Intake(
-            federation=self.federation,
-            provider=self.maker.provider,
-            root=identity.root,
-            sealing_key=identity.sealing_key,
-            lookup=self._lookup,
-        )
         self.state = self.ledger.load_state()
-        if identity.generation > self.state.generation:
-            self.state.generation = identity.generation
+        self.state.generation = max(self.state.generation, self.maker.identity.generation)
+        self._reception = Reception(
+            federation=self.federation,
+            plan=self.plan,
+            parameter_count=self.versions.parameter_count,
+            ledger=self.ledger,
+            updates=self.updates,
+            keys=self.keys,
+            maker=self.maker,
+            blobs=self.blobs,
+            clock=self.clock,
+            report=self.report,
+            state=self.state,
+            decide=self._step,
+        )
 
     # ---- entrances ----------------------------------------------------------------------------------
 
@@ -136,15 +95,9 @@ class Engine:
 
     def handle(self, batch: Sequence[Incoming]) -> None:
         """Verify and commit a batch. After it returns the messages may be acknowledged to the broker."""
-        work = _Work()
+        work = Work()
         for message in batch:
-            try:
-                self._take(message, work)
-            except RemoteProtocolError as error:
-                work.counts[error.reject] += 1
-                self.report(
-                    "refused", topic=message.topic, reject=error.reject.name.lower(), detail=error.detail
-                )
+            self._reception.take(message, work)
         self._commit(work)
         self.tick()
 
@@ -165,124 +118,9 @@ class Engine:
         if self._manifest is not None:
             self.outgoing.append(Outgoing(topics.manifest(self.federation), self._manifest, retain=True))
 
-    # ---- messages -----------------------------------------------------------------------------------
-
-    def _take(self, message: Incoming, work: _Work) -> None:
-        request = self.intake.accept(message.topic, message.payload)
-        match request:
-            case CheckInRequest():
-                self._check_in(request, work)
-            case FetchRequest():
-                self.blobs.request(self.clock(), request.device, request.fetch)
-            case TelemetryReport():
-                work.telemetry.append((request.device, request.telemetry))
-                self._saw(request.device, request.header.sequence, work)
-            case UpdatePiece():
-                work.counts[Count.BYTES_UP] += len(message.payload)
-                self._update(request, work)
-
-    def _check_in(self, request: CheckInRequest, work: _Work) -> None:
-        sequence = request.header.sequence
-        self._known[request.device] = KnownDevice(
-            signing_key=request.certificate.signing_key,
-            epoch=request.certificate.epoch,
-            last_sequence=sequence,
-        )
-        work.devices[request.device] = DeviceSeen(
-            device=request.device,
-            signing_key=request.certificate.signing_key,
-            certificate=request.checkin.certificate,
-            sequence=sequence,
-        )
-        event = core.CheckInArrived(
-            device=request.device,
-            sequence=sequence,
-            ttl_s=request.checkin.ttl_s,
-            samples=request.checkin.samples,
-            codecs=request.checkin.codecs,
-        )
-        self._step(event, work)
-
-    def _saw(self, device: DeviceId, sequence: int, work: _Work) -> None:
-        known = self._known[device]
-        self._known[device] = dataclasses.replace(known, last_sequence=sequence)
-        row = work.devices.get(device) or self.ledger.device(device)
-        if row is None:
-            raise LocalProtocolError(f"{device} is known but not in the ledger")
-        work.devices[device] = DeviceSeen(
-            device=device, signing_key=row.signing_key, certificate=row.certificate, sequence=sequence
-        )
-
-    def _update(self, request: UpdatePiece, work: _Work) -> None:
-        header, device = request.envelope.header, request.device
-        round_id, digest = header.round_id, header.payload_digest
-
-        def answer(verdict: Verdict, reject: Reject | None = None, samples: int = 0) -> None:
-            receipt = Receipt(verdict=verdict, reject=reject, update_digest=digest, counted_samples=samples)
-            payload = self.maker.receipt(device, round_id, header.manifest_digest, receipt)
-            work.outgoing.append(Outgoing(topics.down(self.federation, device), payload))
-
-        try:
-            settled = core.screen(self.state, device, round_id, header.manifest_digest, digest)
-            if settled is Verdict.LATE:
-                settled = self._settled_earlier(round_id, device, digest)
-            if isinstance(settled, Reject):
-                raise RemoteProtocolError(settled, f"update of {device} for round {tuple(round_id)}")
-            if settled is not None:
-                work.counts[Count.DUPLICATE if settled is Verdict.STORED else Count.LATE] += 1
-                self.report(
-                    f"update_{settled.name.lower()}_again" if settled is Verdict.STORED else "update_late",
-                    round=round_id.number,
-                    device=device,
-                )
-                answer(settled)
-                return
-            samples = self._store(request, work)
-        except RemoteProtocolError as error:
-            answer(Verdict.REJECTED, error.reject)
-            raise
-        if samples is not None:
-            counted = min(samples, self.plan.sample_cap)
-            event = core.UpdateArrived(device=device, round_id=round_id, digest=digest, samples=counted)
-            self._step(event, work)
-            self.report("update_stored", round=round_id.number, device=device, samples=counted)
-
-    def _settled_earlier(self, round_id: RoundId, device: DeviceId, digest: Digest) -> Verdict | Reject:
-        row = self.ledger.find_update(round_id, device)
-        if row is None:
-            return Verdict.LATE
-        return Verdict.STORED if row.digest == digest else Reject.CONFLICTING
-
-    def _store(self, request: UpdatePiece, work: _Work) -> int | None:
-        """The sample count of an update that is complete and usable; None while pieces are missing."""
-        header, device = request.envelope.header, request.device
-        sealed: bytes | None = request.envelope.body
-        samples = None
-        if header.chunk_count == 1:  # looked into before a byte is written
-            samples = self._look_inside(header.round_id, request, request.envelope.body)
-        piece, sealed = self.updates.add(device, header, request.envelope.body)
-        if samples is None and sealed is not None:
-            try:
-                samples = self._look_inside(header.round_id, request, sealed)
-            except RemoteProtocolError:
-                self.updates.forget(header.round_id, device, header.payload_digest)
-                raise
-        if piece is not None:
-            work.pieces.append(piece)
-        return samples
-
-    def _look_inside(self, round_id: RoundId, request: UpdatePiece, sealed: bytes) -> int:
-        try:
-            key = self.keys.get(round_id)
-        except RoundKeyMissing as error:
-            raise RemoteProtocolError(Reject.BAD_SEAL, str(error)) from error
-        update = open_update(self.maker.provider, key, request.envelope.header, sealed)
-        decode_update(update, self.plan, self.versions.parameter_count)
-        return update.samples
-
     # ---- decisions, commits, effects ----------------------------------------------------------------
 
-    def _step(self, event: core.Event, work: _Work) -> None:
+    def _step(self, event: core.Event, work: Work) -> None:
         decision = core.step(self.state, self.rules, self.run_seed, self.clock(), event)
         for record in decision.records:
             apply(self.state, record)
@@ -291,23 +129,16 @@ class Engine:
         self.wake_at = decision.wake_at
 
     def _decide(self, event: core.Event) -> None:
-        work = _Work()
+        work = Work()
         self._step(event, work)
         self._commit(work)
 
-    def _commit(self, work: _Work) -> None:
+    def _commit(self, work: Work) -> None:
         """Make durable, then run the effects; what they lead to is committed in turn."""
         while True:
             if work.pieces:
                 self.updates.inbox.sync()
-            batch = Batch(
-                records=tuple(work.records),
-                pieces=tuple(work.pieces),
-                devices=tuple(work.devices.values()),
-                telemetry=tuple(work.telemetry),
-                counts=dict(work.counts),
-                forget_pieces=tuple(work.forget),
-            )
+            batch = work.batch()
             if batch != Batch():
                 self.ledger.commit(batch)
             for round_id in work.forget:
@@ -315,11 +146,11 @@ class Engine:
             self.outgoing.extend(work.outgoing)
             if not work.effects:
                 return
-            effects, work = work.effects, _Work()
+            effects, work = work.effects, Work()
             for effect in effects:
                 self._perform(effect, work)
 
-    def _perform(self, effect: core.Effect, work: _Work) -> None:
+    def _perform(self, effect: core.Effect, work: Work) -> None:
         match effect:
             case core.PrepareRound():
                 event = self.maker.prepare(effect, self._theta)
@@ -356,7 +187,7 @@ class Engine:
                     self._rest(FederationState.FINISHED)
                     self.report("finished", version=effect.version)
 
-    def _aggregate(self, effect: core.Aggregate, work: _Work) -> None:
+    def _aggregate(self, effect: core.Aggregate, work: Work) -> None:
         current = self.state.round
         if current is None:
             raise LocalProtocolError("nothing to aggregate")
@@ -377,7 +208,7 @@ class Engine:
         digest = self.versions.write_parameters(effect.base_version + 1, theta)
         self._step(core.Aggregated(round_id=effect.round_id, model_digest=digest, excluded=excluded), work)
 
-    def _publish_version(self, effect: core.PublishVersion, work: _Work) -> None:
+    def _publish_version(self, effect: core.PublishVersion, work: Work) -> None:
         self._theta = self._read_theta(effect.version)
         current = self.state.round
         accepted = list(current.accepted) if current else []
@@ -396,7 +227,7 @@ class Engine:
             folder=str(folder),
         )
 
-    def _clean_up(self, round_id: RoundId, work: _Work) -> None:
+    def _clean_up(self, round_id: RoundId, work: Work) -> None:
         self.keys.destroy(round_id)
         self.updates.forget_round(round_id)
         if not self.keep_updates:
@@ -427,7 +258,7 @@ class Engine:
         self._manifest = manifest
         self.announce()
 
-    def _publish_manifest(self, manifest: bytes, work: _Work) -> None:
+    def _publish_manifest(self, manifest: bytes, work: Work) -> None:
         self._manifest = manifest
         work.outgoing.append(Outgoing(topics.manifest(self.federation), manifest, retain=True))
 
@@ -438,13 +269,3 @@ class Engine:
         if row is None:
             raise LocalProtocolError(f"version {version} is not in the ledger")
         return self.versions.read_parameters(version, row.model_digest)
-
-    def _lookup(self, device: DeviceId) -> KnownDevice | None:
-        known = self._known.get(device)
-        if known is None and (row := self.ledger.device(device)) is not None:
-            certificate = DeviceCertificate.decode(SignedBytes.decode(row.certificate).body)
-            known = KnownDevice(
-                signing_key=row.signing_key, epoch=certificate.epoch, last_sequence=row.last_sequence
-            )
-            self._known[device] = known
-        return known

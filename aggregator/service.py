@@ -12,7 +12,7 @@ from types import TracebackType
 
 from aggregator.blob_server import BlobServer
 from aggregator.config import AggregatorConfig
-from aggregator.engine import Engine, Incoming, Report
+from aggregator.engine import Engine
 from aggregator.files import FolderLock, make_private_folder, write_atomic
 from aggregator.inbox.inbox import Inbox
 from aggregator.ledger import database
@@ -21,6 +21,7 @@ from aggregator.round_keys import RoundKeys
 from aggregator.round_maker import Identity, RoundMaker
 from aggregator.update_inbox import UpdateInbox
 from aggregator.versions import VersionStore
+from aggregator.work import Incoming, Report
 from edge_runtime.backends.artifact_folder import read_artifact_folder
 from edge_runtime.protocol import topics
 from edge_runtime.protocol.artifact import Artifact

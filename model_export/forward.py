@@ -16,6 +16,7 @@ import onnxscript.optimizer
 import torch
 from torch import nn
 
+from model_export.autodiff.elementwise import DETACH
 from model_export.decompositions import decompose
 from model_export.errors import ExportError, UnsupportedModel
 from model_export.graph import OPSET, Graph, ValueType, from_proto, infer_types
@@ -23,6 +24,12 @@ from model_export.model import Model, as_outputs
 from model_export.passes import drop_identities
 
 BATCH = "batch"
+_MARKER = "fleetgrad.detach"
+
+
+def parameter_value(name: str) -> str:
+    """The name of a parameter's value in the graphs: one that no torch name and no input can have."""
+    return f"@{name}"
 
 
 class _WithLoss(nn.Module):
@@ -40,7 +47,7 @@ class _WithLoss(nn.Module):
 
 
 def forward_graph(model: Model) -> Graph:
-    """Inputs: parameters by torch name, then inputs and target; outputs: ``loss`` of shape (), then the outputs.
+    """Inputs: parameters as parameter_value() names them, then inputs and target; outputs: ``loss`` (), then outputs.
 
     The first dimension of inputs, target and outputs is the symbol "batch". Raises ExportError.
     """
@@ -53,9 +60,8 @@ def forward_graph(model: Model) -> Graph:
     graph.rename(
         dict(zip(graph.outputs, ["loss", *(value.name for value in model.output_specs)], strict=True))
     )
-    specs = {spec.name: spec for spec in model.specs}
     graph.inputs = {
-        **{name: ValueType(np.dtype(np.float32), specs[name].shape) for name in specs},
+        **{parameter_value(spec.name): ValueType(np.dtype(np.float32), spec.shape) for spec in model.specs},
         **{value.name: ValueType(np.dtype(value.dtype), (BATCH, *value.shape)) for value in values},
     }
     for value in model.output_specs:
@@ -65,7 +71,7 @@ def forward_graph(model: Model) -> Graph:
                 f"{value.name} has shape {shape} for any batch, not {(BATCH, *value.shape)}"
             )
     graph.types.update(graph.inputs)
-    drop_identities(graph)
+    drop_identities(graph, keep={node.outputs[0] for node in graph.nodes if node.torch_op == DETACH})
     infer_types(graph)
     decompose(graph)
     return graph
@@ -92,6 +98,7 @@ def _trace(model: Model) -> onnx.ModelProto:
             if program is None:
                 raise ExportError("torch's exporter returned nothing")
             _parameters_to_inputs(program.model, model)
+            _mark_detached(program.model)
             onnxscript.optimizer.optimize_ir(program.model)
             return program.model_proto
     except ExportError:
@@ -115,7 +122,7 @@ def _parameters_to_inputs(ir: Any, model: Model) -> None:
             value.replace_all_uses_with(found[name])
             continue
         value.const_value = None
-        value.name = name
+        value.name = parameter_value(name)
         found[name] = value
         ir.graph.inputs.append(value)
     if missing := [spec.name for spec in model.specs if spec.name not in found]:
@@ -124,9 +131,24 @@ def _parameters_to_inputs(ir: Any, model: Model) -> None:
         )
 
 
+def _mark_detached(ir: Any) -> None:
+    """detach() arrives as an Identity, which optimising would drop, and gradients would flow where torch has none."""
+    for node in ir.graph:
+        if node.op_type == "Identity" and DETACH in node.metadata_props.get(
+            "pkg.torch.onnx.class_hierarchy", ""
+        ):
+            node.domain = _MARKER
+    ir.opset_imports[_MARKER] = 1
+
+
 def _keep_origin(proto: onnx.ModelProto) -> None:
     """Reduces the exporter's notes on each node to two words: the torch module and the torch operator."""
+    kept = [entry for entry in proto.opset_import if entry.domain != _MARKER]
+    del proto.opset_import[:]
+    proto.opset_import.extend(kept)
     for node in proto.graph.node:
+        if node.domain == _MARKER:
+            node.domain = ""
         notes = {entry.key: entry.value for entry in node.metadata_props}
         del node.metadata_props[:]
         scopes = _list(notes.get("pkg.torch.onnx.name_scopes", ""))

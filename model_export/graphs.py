@@ -10,6 +10,7 @@ from edge_runtime.protocol.tensors import TensorSpec, parameter_count
 from model_export.autodiff import add_gradients
 from model_export.autodiff.builder import Builder
 from model_export.errors import UnsupportedModel
+from model_export.forward import parameter_value
 from model_export.graph import Graph, Node, ValueType, to_bytes
 from model_export.passes import tidy
 
@@ -28,9 +29,9 @@ def make_graphs(forward: Graph, specs: Sequence[TensorSpec]) -> dict[str, bytes]
       -> grad_norm, new_theta, new_momentum
     - ``eval``: theta, <inputs>, target -> loss, <outputs>; ``infer``: theta, <inputs> -> <outputs>
 
+    In ``infer`` the pieces of theta bear their torch names, so that they can be exchanged for initializers.
     Vectors are float32 (d,), rates, scale, loss and norm float32 (). Loss is the mean over the batch.
     """
-    names = [spec.name for spec in specs]
     made = {
         "step_sgd.onnx": _step(forward, specs),
         "grad.onnx": _grad(forward, specs),
@@ -38,7 +39,8 @@ def make_graphs(forward: Graph, specs: Sequence[TensorSpec]) -> dict[str, bytes]
         "eval.onnx": _evaluation(forward, specs),
         "infer.onnx": _inference(forward, specs),
     }
-    return {name: to_bytes(tidy(graph, names)) for name, graph in made.items()}
+    torch_names = {spec.name for spec in specs}
+    return {name: to_bytes(tidy(graph, torch_names)) for name, graph in made.items()}
 
 
 def _vector(specs: Sequence[TensorSpec]) -> ValueType:
@@ -48,7 +50,8 @@ def _vector(specs: Sequence[TensorSpec]) -> ValueType:
 def _over_theta(forward: Graph, specs: Sequence[TensorSpec]) -> tuple[Graph, dict[str, ValueType]]:
     """The forward graph with its parameters cut out of ``theta``, and the types of its other inputs."""
     graph = forward.copy()
-    data = {name: kind for name, kind in graph.inputs.items() if name not in {spec.name for spec in specs}}
+    parameters = {parameter_value(spec.name) for spec in specs}
+    data = {name: kind for name, kind in graph.inputs.items() if name not in parameters}
     graph.inputs = {"theta": _vector(specs), **data}
     prologue: list[Node] = []
     builder = Builder(graph, prologue)
@@ -59,7 +62,7 @@ def _over_theta(forward: Graph, specs: Sequence[TensorSpec]) -> tuple[Graph, dic
             "Split", "theta", builder.ints(*(spec.size for spec in specs)), outputs=len(specs), axis=0
         )
     for spec, part in zip(specs, parts, strict=True):
-        builder.named(spec.name, "Reshape", part, builder.ints(*spec.shape))
+        builder.named(parameter_value(spec.name), "Reshape", part, builder.ints(*spec.shape))
     graph.nodes = prologue + graph.nodes
     return graph, data
 
@@ -67,14 +70,14 @@ def _over_theta(forward: Graph, specs: Sequence[TensorSpec]) -> tuple[Graph, dic
 def _with_gradient(forward: Graph, specs: Sequence[TensorSpec]) -> tuple[Graph, dict[str, ValueType], str]:
     """The same, with the gradient of the loss as one vector of shape (d,), whose name comes last."""
     graph, data = _over_theta(forward, specs)
-    gradients = add_gradients(graph, "loss", [spec.name for spec in specs])
-    if missing := [spec.name for spec in specs if spec.name not in gradients]:
+    gradients = add_gradients(graph, "loss", [parameter_value(spec.name) for spec in specs])
+    if missing := [spec.name for spec in specs if parameter_value(spec.name) not in gradients]:
         raise UnsupportedModel(
             f"no gradient flows from the loss to {', '.join(missing[:10])}: "
             "use these parameters on a differentiable way to the loss, or remove them"
         )
     builder = Builder(graph)
-    parts = [builder.op("Reshape", gradients[spec.name], builder.ints(-1)) for spec in specs]
+    parts = [builder.op("Reshape", gradients[parameter_value(spec.name)], builder.ints(-1)) for spec in specs]
     return graph, data, parts[0] if len(parts) == 1 else builder.op("Concat", *parts, axis=0)
 
 
@@ -112,6 +115,7 @@ def _evaluation(forward: Graph, specs: Sequence[TensorSpec]) -> Graph:
 
 def _inference(forward: Graph, specs: Sequence[TensorSpec]) -> Graph:
     graph, data = _over_theta(forward, specs)
+    graph.rename({parameter_value(spec.name): spec.name for spec in specs})
     graph.outputs = {name: kind for name, kind in graph.outputs.items() if name != "loss"}
     graph.inputs = {
         "theta": graph.inputs["theta"],

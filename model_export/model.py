@@ -162,6 +162,8 @@ def _check_module(module: nn.Module) -> None:
             raise UnsupportedModel(f"parameter {name} is frozen (requires_grad=False); {_LATER}")
         if not _NAME.fullmatch(name):
             raise UnsupportedModel(f"parameter {name!r}: a name is 1-200 of A-Z a-z 0-9 _ . -")
+        if name == "theta" or (name.startswith("output") and "." not in name):
+            raise UnsupportedModel(f"parameter {name}: the graphs use this name; rename it")
         if not torch.isfinite(value).all():
             raise ExportError(f"parameter {name} is not finite")
 

@@ -63,6 +63,13 @@ def writing(engine: Engine) -> Engine:
     return engine.execution_options(**{_WRITES: True})
 
 
+def reading(engine: Engine) -> Engine:
+    """The same engine, whose transactions see one moment of the ledger, as SQLite's always do."""
+    if engine.dialect.name == "postgresql":
+        return engine.execution_options(isolation_level="REPEATABLE READ")
+    return engine
+
+
 def create_or_check(connection: Connection, federation: FederationId, *, create: bool, now: float) -> None:
     """The tables are there and are those of this release and this federation. Raises LedgerError."""
     names = set(inspect(connection).get_table_names())

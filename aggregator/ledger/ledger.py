@@ -40,6 +40,7 @@ class Ledger:
         """For ``open``."""
         self._url = url
         self._engine = engine
+        self._reader = database.reading(engine)
         self._writer = database.writing(engine)
         self._clock = clock
         self._read_only = read_only
@@ -203,7 +204,7 @@ class Ledger:
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
         try:
-            with self._engine.begin() as connection:
+            with self._reader.begin() as connection:
                 yield connection
         except SQLAlchemyError as error:
             raise database.explain(self._url, error) from error

@@ -18,6 +18,7 @@ from model_export.graph import Node
 
 Gradients = Sequence[str | None]
 
+DETACH = "aten.detach.default"
 _FLOAT = helper.np_dtype_to_tensor_dtype(np.dtype(np.float32))
 
 
@@ -150,8 +151,8 @@ def where(b: Builder, n: Node, dy: str) -> Gradients:
 
 
 def identity(b: Builder, n: Node, dy: str) -> Gradients:
-    """Identity."""
-    return [dy]
+    """Identity; where it stands for torch's detach(), the gradient ends."""
+    return [None if n.torch_op == DETACH else dy]
 
 
 def cast(b: Builder, n: Node, dy: str) -> Gradients:

@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - as everybody does
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tests.support.gradients import check_gradients
 
 from model_export.autodiff.builder import Builder
 from model_export.autodiff.rules import MULTI_OUTPUT_RULES, RULES
 from model_export.errors import MissingRule
+from tests.support.gradients import check_gradients
 
 few = settings(max_examples=12, deadline=None, derandomize=True)
 COVERED: set[str] = set()

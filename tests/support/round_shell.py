@@ -148,7 +148,7 @@ class Shell:
                 return self.send(Tick())
             case Work():
                 return self._work(operation)
-            case Crash():
+            case _:
                 self.todo.clear()
                 if self.recover is not None:
                     self.state = self.recover()

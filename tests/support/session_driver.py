@@ -46,6 +46,7 @@ from edge_runtime.store.outbox import OutboxEntry
 FEDERATION = FederationId("digits")
 DEVICE = DeviceId("pi-3")
 OTHER = DeviceId("pi-4")
+NO_ROUND = RoundId(0, 0)
 CHUNK_BYTES = 8192
 TTL_S = 600
 MODEL = Stream(bytes([1]) * 32).bytes(3 * CHUNK_BYTES)
@@ -200,8 +201,8 @@ class Device:
     subscribed: set[str] = field(default_factory=set)
     journal: dict[RoundId, OutboxEntry] = field(default_factory=dict)  # all that were ever written
     outbox: dict[RoundId, OutboxEntry] = field(default_factory=dict)
-    settled: RoundId = RoundId(0, 0)
-    highest: RoundId = RoundId(0, 0)
+    settled: RoundId = NO_ROUND
+    highest: RoundId = NO_ROUND
     cache: dict[Digest, bytes] = field(default_factory=dict)
     session: Session = field(init=False)
 

@@ -1,7 +1,7 @@
 """Every message as bytes, field by field.
 
-After a change of the schema: ``python -m tests.vectors.test_message_vectors``. Read the difference before you commit
-it: a changed line is a change of the protocol.
+After a change of the schema: ``python -m tests.vectors.test_message_vectors``. Read the difference before you
+commit it: a changed line is a change of the protocol.
 """
 
 from __future__ import annotations

@@ -165,11 +165,11 @@ def _figures(
         start_up_s=run.first_round_at - started,
         total_s=time.monotonic() - started,
         files=model_files(folders.model),
-        violations=tuple(str(violation) for violation in run.status.get("violations", ["status names none"])),
+        violations=tuple(str(violation) for violation in run.status["invariant_violations"]),
     )
 
 
 def _telemetry(status: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    """What each device reported, by name."""
-    devices: Mapping[str, Mapping[str, Any]] = status.get("devices", {})
-    return devices
+    """What each device reported last, by name."""
+    rows: list[Mapping[str, Any]] = status["devices"]
+    return {row["device"]: row["telemetry"] for row in rows if row["telemetry"] is not None}

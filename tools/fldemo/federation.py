@@ -66,7 +66,7 @@ class Folders:
         return self.device(name) / "device.toml"
 
     def version(self, number: int) -> Path:
-        return self.aggregator / "versions" / f"{number:06d}"
+        return self.aggregator / "state" / "versions" / f"{number:06d}"
 
 
 @dataclass
@@ -264,7 +264,6 @@ def record(run: Run, event: Event) -> Round | None:
             ended = run.round(event.round)
             ended.published = True
             ended.version = int(event.fields["version"])
-            ended.aggregator_seconds = float(event.fields["seconds"])
             ended.seconds = event.at - (run.last_published_at or run.first_round_at)
             run.last_published_at = event.at
             return ended

@@ -26,6 +26,7 @@ from edge_runtime.protocol.errors import FleetgradError
 
 TAIL_LINES = 15
 _GRACE_S = 4.0
+_POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1
 
 
@@ -117,11 +118,15 @@ class Supervisor:
                 child = self._spawn(name, command, self.log_folder / f"{name}.log", subprocess.PIPE)
                 self.children[name] = child
                 running.append((child, time.monotonic() + timeout_s))
-            child, deadline = running.pop(0)
+            child, deadline = running[0]
             try:
-                output, _ = child.process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+                output, _ = child.process.communicate(timeout=_POLL_S)
             except subprocess.TimeoutExpired:
-                raise child.failure(f"did not end within {timeout_s:g} s") from None
+                self.check()  # it may wait for a program that is gone
+                if time.monotonic() > deadline:
+                    raise child.failure(f"did not end within {timeout_s:g} s") from None
+                continue
+            running.pop(0)
             del self.children[child.name]
             if child.process.returncode != 0:
                 raise child.failure(f"ended with code {child.process.returncode}")

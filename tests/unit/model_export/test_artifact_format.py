@@ -65,7 +65,7 @@ def test_a_bundle_holds_what_a_device_needs_and_no_parameters() -> None:
     ]
     assert artifact.digest == read_artifact_folder(FOLDER).digest
     assert folder_bundle(read_artifact_folder(FOLDER)) == BUNDLE
-    with pytest.raises(ArtifactFolderError, match="has no params.bin"):
+    with pytest.raises(ArtifactFolderError, match=r"has no params\.bin"):
         initial_parameters(artifact)
 
 
@@ -157,7 +157,7 @@ def test_garbage_gives_a_value_or_a_remote_error(raw: bytes, data: st.DataObject
         try:
             parse(bytes(mutated))
         except RemoteProtocolError as error:
-            assert error.reject in (Reject.MALFORMED, Reject.BAD_DIGEST, Reject.TOO_LARGE)
+            assert error.reject in (Reject.MALFORMED, Reject.BAD_DIGEST, Reject.TOO_LARGE)  # noqa: PT017
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "infer.onnx", "params.bin"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - as everybody does
 from torch import nn
 
 from model_export.autodiff import rules
@@ -44,6 +44,15 @@ class Unused(Head):
         self.forgotten = nn.Linear(2, 2)
 
 
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.theta
+
+
 REFUSED: dict[str, tuple[nn.Module, str]] = {
     "float64": (nn.Linear(4, 4).double(), r"parameter weight is torch.float64; convert"),
     "batch norm": (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), r"BatchNorm1d at 1: .* GroupNorm"),
@@ -51,7 +60,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "recurrent": (nn.LSTM(4, 4), r"LSTM at the top"),
     "frozen": (frozen(), r"parameter bias is frozen"),
     "no parameters": (nn.ReLU(), r"0 parameter tensors"),
-    "no batch": (Head(lambda x: x.sum(0)), r"every output must have the batch first"),
+    "taken name": (Named(), r"parameter theta: the graphs use this name"),
     "unused parameters": (Unused(), r"does not use the parameters forgotten.weight, forgotten.bias"),
     "functional dropout": (Head(lambda x: F.dropout(x, 0.5)), r"Dropout in Head"),
 }
@@ -64,6 +73,11 @@ def test_an_unsupported_model_is_refused_by_name(name: str) -> None:
         export(module)
 
 
+def test_an_output_without_the_batch_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="every output must have the batch first"):
+        export(Head(lambda x: x.sum(0)), loss=lambda output, target: output.mean())
+
+
 def test_buffers_are_refused() -> None:
     module = nn.Linear(4, 4)
     module.register_buffer("mean", torch.zeros(4))
@@ -73,7 +87,7 @@ def test_buffers_are_refused() -> None:
 
 def test_a_parameter_that_no_gradient_reaches_is_refused() -> None:
     with pytest.raises(
-        UnsupportedModel, match="no gradient flows from the loss to linear.weight, linear.bias"
+        UnsupportedModel, match=r"no gradient flows from the loss to linear.weight, linear.bias"
     ):
         export(Head(lambda x: (x > 0).float()), loss=lambda output, target: output.mean())
 
@@ -96,7 +110,7 @@ def test_an_operator_without_a_rule_is_fine_where_no_gradient_flows() -> None:
 def test_a_wrong_rule_makes_no_artifact(monkeypatch: pytest.MonkeyPatch) -> None:
     right = rules.RULES["Tanh"]
     monkeypatch.setitem(rules.RULES, "Tanh", lambda b, n, dy: [b.op("Mul", right(b, n, dy)[0], 1.001)])  # type: ignore[arg-type]
-    with pytest.raises(ParityError, match="gradient linear.weight at batch 3"):
+    with pytest.raises(ParityError, match=r"gradient linear.weight at batch 3"):
         export(Head(torch.tanh))
 
 
@@ -153,7 +167,7 @@ def test_a_source_that_cannot_be_imported_is_explained(reference: str, message: 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ExportError, match="holds other things than an artifact \\(thesis.txt\\)"):
+    with pytest.raises(ExportError, match=r"holds other things than an artifact \(thesis.txt\)"):
         check_destination(tmp_path)
     with pytest.raises(ExportError, match="exists and is no folder"):
         check_destination(tmp_path / "thesis.txt")

@@ -1,0 +1,59 @@
+"""What one batch of messages becomes on its way to a commit, and what leaves after it."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from aggregator.core import step as core
+from aggregator.core.records import Record
+from aggregator.ledger.values import Batch, Count, DeviceSeen, Piece
+from edge_runtime.protocol.ids import DeviceId, RoundId
+from edge_runtime.protocol.messages import Telemetry
+from edge_runtime.protocol.rejects import Reject
+
+Report = Callable[..., None]
+"""``report(event, **fields)``: what happens, for the log and the terminal."""
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """To publish after the commit."""
+
+    topic: str
+    payload: bytes
+    retain: bool = False
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A message of the broker."""
+
+    topic: str
+    payload: bytes
+
+
+@dataclass
+class Work:
+    """What one batch gathers before its commit."""
+
+    records: list[Record] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    devices: dict[DeviceId, DeviceSeen] = field(default_factory=dict)
+    telemetry: list[tuple[DeviceId, Telemetry]] = field(default_factory=list)
+    counts: Counter[Reject | Count] = field(default_factory=Counter)
+    forget: list[RoundId] = field(default_factory=list)
+    effects: deque[core.Effect] = field(default_factory=deque)
+    outgoing: list[Outgoing] = field(default_factory=list)
+
+    def batch(self) -> Batch:
+        """All of it, for one transaction."""
+        return Batch(
+            records=tuple(self.records),
+            pieces=tuple(self.pieces),
+            devices=tuple(self.devices.values()),
+            telemetry=tuple(self.telemetry),
+            counts=dict(self.counts),
+            forget_pieces=tuple(self.forget),
+        )
