@@ -84,14 +84,14 @@ class Engine:
             open_round = None
         self.keys.destroy_all_but(open_round.round_id if open_round else None)
         self._theta = self._read_theta(self.state.version)
-        if open_round is None:
-            self._rest(FederationState.WAITING)
-        else:
+        if open_round is not None:
             self.updates.restore(self._pieces_on_file(open_round.round_id))
             if open_round.phase is Phase.COLLECTING:
                 self.maker.offer_again(tuple(open_round.cohort), self._theta)
             self.report("resumed", round=open_round.round_id.number, phase=open_round.phase.value)
         self._decide(core.Recovered())
+        if self._manifest is None:
+            self._rest(FederationState.WAITING)
 
     def handle(self, batch: Sequence[Incoming]) -> None:
         """Verify and commit a batch. After it returns the messages may be acknowledged to the broker."""
@@ -253,7 +253,7 @@ class Engine:
         return self.state.phase in (None, Phase.PUBLISHED, Phase.ABORTED) and not self.finished
 
     def _rest(self, state: FederationState) -> None:
-        last = self.state.round.round_id if self.state.round else RoundId(self.state.generation, 0)
+        last = RoundId(self.state.generation, self.state.round.round_id.number if self.state.round else 0)
         manifest = self.maker.at_rest(last, state, self.state.version, self._theta)
         self._manifest = manifest
         self.announce()

@@ -16,7 +16,7 @@ import onnxscript.optimizer
 import torch
 from torch import nn
 
-from model_export.autodiff.elementwise import DETACH
+from model_export.autodiff.reverse import DETACH
 from model_export.decompositions import decompose
 from model_export.errors import ExportError, UnsupportedModel
 from model_export.graph import OPSET, Graph, ValueType, from_proto, infer_types
@@ -47,7 +47,7 @@ class _WithLoss(nn.Module):
 
 
 def forward_graph(model: Model) -> Graph:
-    """Inputs: parameters as parameter_value() names them, then inputs and target; outputs: ``loss`` (), then outputs.
+    """Inputs: parameters named by parameter_value(), inputs, target; outputs: ``loss`` of shape (), then the outputs.
 
     The first dimension of inputs, target and outputs is the symbol "batch". Raises ExportError.
     """
@@ -132,7 +132,7 @@ def _parameters_to_inputs(ir: Any, model: Model) -> None:
 
 
 def _mark_detached(ir: Any) -> None:
-    """detach() arrives as an Identity, which optimising would drop, and gradients would flow where torch has none."""
+    """detach() arrives as an Identity; optimising would drop it and let a gradient through."""
     for node in ir.graph:
         if node.op_type == "Identity" and DETACH in node.metadata_props.get(
             "pkg.torch.onnx.class_hierarchy", ""

@@ -356,6 +356,11 @@ def _open_next(state: State, rules: RoundRules, run_seed: bytes, now: float) -> 
 def _resume(state: State, rules: RoundRules, run_seed: bytes, now: float) -> Decision:
     current = state.round
     match state.phase:
+        case Phase.COLLECTING | Phase.FROZEN if (
+            current is not None and current.round_id.generation < state.generation
+        ):
+            # Restored from a backup: what devices were told since then is unknown, so the round cannot go on.
+            return _abort(current.round_id, rules, now, "the generation was raised")
         case Phase.COLLECTING if current is not None:
             return Decision((), (PublishManifest(manifest=current.manifest),), min(current.deadline, now))
         case Phase.FROZEN if current is not None:

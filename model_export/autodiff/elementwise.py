@@ -18,7 +18,6 @@ from model_export.graph import Node
 
 Gradients = Sequence[str | None]
 
-DETACH = "aten.detach.default"
 _FLOAT = helper.np_dtype_to_tensor_dtype(np.dtype(np.float32))
 
 
@@ -151,8 +150,8 @@ def where(b: Builder, n: Node, dy: str) -> Gradients:
 
 
 def identity(b: Builder, n: Node, dy: str) -> Gradients:
-    """Identity; where it stands for torch's detach(), the gradient ends."""
-    return [None if n.torch_op == DETACH else dy]
+    """Identity."""
+    return [dy]
 
 
 def cast(b: Builder, n: Node, dy: str) -> Gradients:

@@ -12,6 +12,9 @@ from model_export.errors import MissingRule
 from model_export.graph import Graph, Node
 
 
+DETACH = "aten.detach.default"  # the torch operator behind an Identity at which gradients end
+
+
 def add_gradients(graph: Graph, loss: str, parameters: Sequence[str]) -> dict[str, str]:
     """Appends the backward nodes of a scalar float32 ``loss``; returns {parameter: name of its gradient}.
 
@@ -47,7 +50,7 @@ def _depends_on(graph: Graph, parameters: Sequence[str]) -> set[str]:
     """Floating-point values computed from the parameters: the rest has no gradient."""
     reached = set(parameters)
     for node in graph.nodes:
-        if any(name in reached for name in node.inputs):
+        if node.torch_op != DETACH and any(name in reached for name in node.inputs):
             reached.update(
                 name
                 for name in node.outputs

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from edge_runtime.protocol.errors import LocalProtocolError
 from edge_runtime.protocol.ids import RoundId, sha256
 from edge_runtime.protocol.kinds import Kind
+from edge_runtime.protocol.manifest import Cohort
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.rounds import FederationState, Verdict
 from edge_runtime.session_values import Trained, TrainingFailed, Work
@@ -38,6 +39,16 @@ def _manifest(
             artifact=b"artifact",
         )
     return _MANIFESTS[key]
+
+
+def _device() -> Device:
+    """A new device, and a blob server that has seen nobody yet."""
+    blobs = Aggregator().blobs
+    contents = [bytes([variant]) * 10_000 for variant in (0, 1)] + [b"artifact"]
+    for content in (*contents, *(Cohort(devices=(name,)).encode() for name in (DEVICE, OTHER))):
+        blobs.offer(content)
+    AGGREGATORS[1].blobs = blobs
+    return Device(AGGREGATORS[1])
 
 
 Operation = Callable[[Device], object]
@@ -124,8 +135,7 @@ operations: st.SearchStrategy[Operation] = st.one_of(
 @given(run=st.lists(operations, min_size=1, max_size=40))
 @settings(deadline=None, max_examples=150)
 def test_no_run_of_events_makes_two_updates_for_a_round(run: list[Operation]) -> None:
-    device = Device(AGGREGATORS[1])
-    device.aggregator.blobs = AGGREGATORS[2].blobs = AGGREGATORS[1].blobs
+    device = _device()
     device.connect()
     for operation in run:
         before = device.session.highest_round
@@ -152,7 +162,7 @@ def test_no_run_of_events_makes_two_updates_for_a_round(run: list[Operation]) ->
 
 def test_a_shell_that_loses_track_of_the_outbox_is_told() -> None:
     """``pending`` and training at once cannot come of events, only of a shell that meddles."""
-    device = Device(AGGREGATORS[1])
+    device = _device()
     device.connect()
     device.hear_manifest(_manifest(1, 1, FederationState.COLLECTING, True, 0))
     device.fetch_all()
