@@ -15,7 +15,15 @@ OUTPUTS = ("wire_pb2.py", "wire_pb2.pyi")
 
 def generate(python: Path, into: Path) -> None:
     subprocess.run(
-        [python, "-m", "grpc_tools.protoc", "-I.", f"--python_out={into}", f"--pyi_out={into}", f"{FOLDER}/wire.proto"],
+        [
+            python,
+            "-m",
+            "grpc_tools.protoc",
+            "-I.",
+            f"--python_out={into}",
+            f"--pyi_out={into}",
+            f"{FOLDER}/wire.proto",
+        ],
         cwd=ROOT,
         check=True,
     )

@@ -58,7 +58,6 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.state = self.ledger.load_state()
-        self.state.generation = max(self.state.generation, self.maker.identity.generation)
         self._reception = Reception(
             federation=self.federation,
             plan=self.plan,
@@ -197,13 +196,9 @@ class Engine:
             stream = self.updates.updates(
                 effect.round_id, current.manifest_digest, accepted, lambda: self.keys.get(effect.round_id)
             )
-            theta, count, excluded = aggregate(self._theta, stream, self.plan)
+            theta, excluded = aggregate(self._theta, stream, self.plan)
         except RoundKeyMissing as error:
             self._step(core.AggregationFailed(effect.round_id, str(error)), work)
-            return
-        if count < self.rules.minimum:
-            reason = f"{count} of at least {self.rules.minimum} updates could be read back"
-            self._step(core.AggregationFailed(effect.round_id, reason), work)
             return
         digest = self.versions.write_parameters(effect.base_version + 1, theta)
         self._step(core.Aggregated(round_id=effect.round_id, model_digest=digest, excluded=excluded), work)

@@ -179,7 +179,11 @@ class Service:
     def _build(self, artifact: Artifact, stack: ExitStack) -> Engine:
         config = self.config
         ledger = stack.enter_context(closing(open_ledger(config)))
-        ledger.claim(f"{socket.gethostname()}:{config.folder.resolve()}", take_over=self.take_over)
+        ledger.claim(
+            f"{socket.gethostname()}:{config.folder.resolve()}",
+            take_over=self.take_over,
+            generation=config.generation,
+        )
         inbox = stack.enter_context(closing(Inbox(config.folder / "inbox", durable=ledger.durable_ends())))
         plan = config.plan.plan(config.round.cohort)
         keys = RoundKeys(config.folder / "round-keys", CRYPTO, os.urandom)

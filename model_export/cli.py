@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from edge_runtime.protocol.errors import FleetgradError
@@ -72,7 +73,7 @@ def build(
             status.update(f"writing {out}")
             write_artifact(result.artifact, out)
     except FleetgradError as error:
-        _err.print(f"[red]not exported:[/red] {error}", highlight=False, markup=True, soft_wrap=True)
+        _err.print(f"[red]not exported:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
     worst: dict[str, dict[int, float]] = {}
@@ -92,6 +93,8 @@ def build(
         f"{manifest.name}: {manifest.parameter_count:,} parameters in {len(manifest.parameters)} tensors, "
         f"graphs of {graphs:,} bytes, digest {result.artifact.digest.hex()[:16]}, in {out}",
         highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
 
 

@@ -47,7 +47,7 @@ class _WithLoss(nn.Module):
 
 
 def forward_graph(model: Model) -> Graph:
-    """Inputs: parameters named by parameter_value(), inputs, target; outputs: ``loss`` of shape (), then the outputs.
+    """Inputs: parameters named by parameter_value(), inputs, target; outputs: ``loss`` of shape (), then outputs.
 
     The first dimension of inputs, target and outputs is the symbol "batch". Raises ExportError.
     """

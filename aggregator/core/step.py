@@ -35,7 +35,8 @@ class RoundRules:
     fleet: wait for this many check-ins before the first round; 0: the cohort's size.
     cohort: how many are selected; more than ``goal`` is over-selection against dropout.
     goal: freeze as soon as this many updates are stored. minimum: freeze at the deadline with at least this many.
-    patience_s: after this long without a full cohort, open a round with at least ``minimum`` devices.
+    patience_s: after this long without a full cohort, open a round with at least ``minimum`` devices; the first
+        round waits for its fleet however long it takes.
     retry_s: how often to look again while waiting.
     """
 
@@ -142,6 +143,8 @@ Event = (
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareRound:
+    """Answer with ``RoundPrepared`` before the next event: until then every Tick asks again."""
+
     round_id: RoundId
     base_version: int
     cohort: tuple[DeviceId, ...]
@@ -249,12 +252,17 @@ def step(state: State, rules: RoundRules, run_seed: bytes, now: float, event: Ev
             # The ticket counts from the commit on: the shell ticks after every batch.
             return Decision((record,), (), now)
         case RoundPrepared():
-            record_opened = RoundOpened(**event.__dict__)
-            return Decision((record_opened,), (PublishManifest(manifest=event.manifest),), event.deadline)
+            return _open(state, event)
         case UpdateArrived():
             return _store(state, rules, event)
         case Aggregated():
             current = _expect(state, event.round_id, Phase.FROZEN)
+            excluded = {device for device, _ in event.excluded}
+            if not excluded <= set(current.accepted):
+                raise LocalProtocolError("an update is excluded that was not accepted")
+            if (left := len(current.accepted) - len(excluded)) < rules.minimum:
+                reason = f"{left} of at least {rules.minimum} updates could be read back"
+                return _abort(event.round_id, rules, now, reason)
             version = current.base_version + 1
             committed = VersionCommitted(
                 round_id=event.round_id,
@@ -276,6 +284,15 @@ def _expect(state: State, round_id: RoundId, phase: Phase) -> Round:
     if current is None or current.round_id != round_id or current.phase is not phase:
         raise LocalProtocolError(f"event for round {round_id} in phase {phase.value} came out of turn")
     return current
+
+
+def _open(state: State, event: RoundPrepared) -> Decision:
+    expected = RoundId(state.generation, (state.round.round_id.number if state.round else 0) + 1)
+    idle = state.phase in (None, Phase.PUBLISHED, Phase.ABORTED)
+    if not idle or event.round_id != expected or event.base_version != state.version:
+        raise LocalProtocolError(f"round {tuple(event.round_id)} was prepared out of turn")
+    opened = RoundOpened(**event.__dict__)
+    return Decision((opened,), (PublishManifest(manifest=event.manifest),), event.deadline)
 
 
 def _store(state: State, rules: RoundRules, event: UpdateArrived) -> Decision:
@@ -362,7 +379,7 @@ def _resume(state: State, rules: RoundRules, run_seed: bytes, now: float) -> Dec
             # Restored from a backup: what devices were told since then is unknown, so the round cannot go on.
             return _abort(current.round_id, rules, now, "the generation was raised")
         case Phase.COLLECTING if current is not None:
-            return Decision((), (PublishManifest(manifest=current.manifest),), min(current.deadline, now))
+            return Decision((), (PublishManifest(manifest=current.manifest),), now)
         case Phase.FROZEN if current is not None:
             again = Aggregate(
                 round_id=current.round_id, base_version=current.base_version, accepted=current.accepted

@@ -70,12 +70,14 @@ class Ledger:
 
     # ---- writing ------------------------------------------------------------------------------------
 
-    def claim(self, holder: str, take_over: bool = False) -> int:
+    def claim(self, holder: str, take_over: bool = False, generation: int | None = None) -> int:
         """Become the one aggregator that may commit; gives the new epoch, which fences all earlier ones.
 
         ``holder``: names what the caller's OS lock guards (host and state folder). The same holder may claim
         again without ``take_over``: having that lock, it knows that its predecessor is dead.
-        Raises LedgerInUseError if another holder has it and ``take_over`` is false.
+        ``generation``: what rounds are opened in from now on; raised after a restore from a backup, never lowered.
+        Raises LedgerInUseError if another holder has it and ``take_over`` is false, LedgerError for a generation
+        below the ledger's.
         """
         if not holder:
             raise LocalProtocolError("a ledger is claimed by a holder with a name")
@@ -87,8 +89,15 @@ class Ledger:
                     f"the ledger is claimed by {row.holder}, last seen {self._clock() - row.seen_at:.0f} s ago: "
                     "stop that aggregator, or if it is gone for good use `serve --take-over`"
                 )
+            wanted = row.generation if generation is None else generation
+            if wanted < row.generation:
+                raise LedgerError(
+                    f"the settings say generation {wanted}, the ledger is in generation {row.generation}: set "
+                    f"generation = {row.generation}, with a certificate for it"
+                )
             epoch: int = row.epoch + 1
-            connection.execute(update(tables.epoch).values(epoch=epoch, holder=holder, seen_at=self._clock()))
+            values = {"epoch": epoch, "holder": holder, "generation": wanted, "seen_at": self._clock()}
+            connection.execute(update(tables.epoch).values(**values))
         self._epoch = epoch
         return epoch
 

@@ -37,8 +37,8 @@ def decode_update(update: Update, plan: Plan, parameter_count: int) -> F32:
 
 def aggregate(
     theta: F32, updates: Iterable[tuple[DeviceId, Update | RemoteProtocolError]], plan: Plan
-) -> tuple[F32, int, tuple[tuple[DeviceId, Reject], ...]]:
-    """The next model, how many updates are in it, and those excluded with the reason.
+) -> tuple[F32, tuple[tuple[DeviceId, Reject], ...]]:
+    """The next model, and the updates that are not in it with the reason; without any update, ``theta`` itself.
 
     ``updates`` is consumed one at a time: memory is O(d). Their order does not matter: the sum is of integers.
     """
@@ -53,5 +53,5 @@ def aggregate(
         except RemoteProtocolError as error:
             excluded.append((device, error.reject))
     if accumulator.count == 0:
-        return theta, 0, tuple(excluded)
-    return fixed_point.apply_mean(theta, accumulator), accumulator.count, tuple(excluded)
+        return theta, tuple(excluded)
+    return fixed_point.apply_mean(theta, accumulator), tuple(excluded)

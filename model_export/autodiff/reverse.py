@@ -11,7 +11,6 @@ from model_export.autodiff.rules import MULTI_OUTPUT_RULES, RULES
 from model_export.errors import MissingRule
 from model_export.graph import Graph, Node
 
-
 DETACH = "aten.detach.default"  # the torch operator behind an Identity at which gradients end
 
 

@@ -412,3 +412,12 @@ def test_a_newer_schema_is_refused_with_what_to_do(url: str, ledger: Ledger) -> 
     engine.dispose()
     with pytest.raises(LedgerError, match="schema 2, this release knows 1"):
         Ledger.open(url, federation=FEDERATION)
+
+
+def test_a_generation_is_raised_by_a_claim_and_never_lowered(ledger: Ledger) -> None:
+    ledger.claim("here", generation=3)
+    assert ledger.load_state().generation == 3
+    with pytest.raises(LedgerError, match="set generation = 3"):
+        ledger.claim("here", generation=2)
+    ledger.claim("here")
+    assert ledger.load_state().generation == 3

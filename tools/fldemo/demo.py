@@ -70,9 +70,9 @@ def run_demo(options: Options, observer: Observer) -> Result:
         stack.callback(supervisor.stop_all)  # before the broker
         observer.say(f"{broker.kind} runs at {broker.url}; ten devices enrol, logs are in {folders.logs}")
         federation.set_up(artifact_folder, split.devices, options.seed, options.rounds)
+        federation.start()
         memory.start()
         stack.callback(memory.stop)
-        federation.start()
         observer.say("the aggregator and ten devices start; two of them will be killed")
 
         def on_round(round_: Round) -> None:
@@ -148,7 +148,7 @@ def _figures(
         aborted=sum(round_.aborted for round_ in run.rounds),
         version=max((round_.version for round_ in published), default=0),
         late=len(run.late),
-        refused=run.counts["refused"],
+        refused=run.status["refused"],
         killed={kill.device: kill.round for kill in run.faults.kills},
         returned={restart.device: restart.round for restart in run.faults.restarts},
         updates=sum(len(round_.accepted) for round_ in published),

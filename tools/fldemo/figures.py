@@ -43,7 +43,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Accuracies in [0, 1] on held-out digits; seconds; bytes."""
+    """Accuracies in [0, 1] on held-out digits; seconds; bytes. ``refused``: messages, by reason."""
 
     seed: int
     broker: str
@@ -57,7 +57,7 @@ class Figures:
     aborted: int
     version: int
     late: int
-    refused: int
+    refused: Mapping[str, int]
     killed: Mapping[str, int]
     returned: Mapping[str, int]
     updates: int

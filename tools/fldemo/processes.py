@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 from edge_runtime.protocol.errors import FleetgradError
 
 TAIL_LINES = 15
-_GRACE_S = 4.0
 _POLL_S = 0.2
 _PR_SET_PDEATHSIG = 1
 
@@ -81,13 +80,16 @@ class Child:
 
 
 class Supervisor:
-    """Starts programs, reads their JSON lines into one queue, ends them."""
+    """Starts programs, reads their JSON lines into one queue, ends them: SIGKILL ``grace_s`` after SIGTERM."""
 
-    def __init__(self, log_folder: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, log_folder: Path, environment: Mapping[str, str] | None = None, *, grace_s: float = 4.0
+    ) -> None:
         self.log_folder = log_folder
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.children: dict[str, Child] = {}
         self._environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
+        self._grace_s = grace_s
         log_folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, name: str, command: Sequence[str], *, read_events: bool = False) -> Child:
@@ -151,7 +153,7 @@ class Supervisor:
         except subprocess.TimeoutExpired:
             raise child.failure(f"did not end within {timeout_s:.0f} s") from None
         if child.reader is not None:
-            child.reader.join(_GRACE_S)
+            child.reader.join(self._grace_s)
         return code
 
     def check(self) -> None:
@@ -180,7 +182,7 @@ class Supervisor:
         alive = [child for child in children if child.exit_code() is None]
         for child in alive:
             child.signal(signal.SIGTERM)
-        deadline = time.monotonic() + _GRACE_S
+        deadline = time.monotonic() + self._grace_s
         for child in alive:
             try:
                 child.process.wait(max(0.0, deadline - time.monotonic()))

@@ -101,6 +101,7 @@ def _accuracy(figures: Figures) -> Rows:
 def _rounds(figures: Figures) -> Rows:
     killed = ", ".join(f"{device} (round {number})" for device, number in figures.killed.items())
     back = ", ".join(f"{device} after round {number}" for device, number in figures.returned.items())
+    refused = ", ".join(f"{count} {reason}" for reason, count in figures.refused.items())
     return [
         (
             "seconds a round",
@@ -112,8 +113,12 @@ def _rounds(figures: Figures) -> Rows:
             f"{figures.rounds} published, {figures.aborted} aborted",
             f"{COHORT} of {len(DEVICES)} selected, goal {GOAL}; from one version to the next, all included",
         ),
-        ("updates", f"{figures.updates} counted, {figures.late} late, {figures.refused} refused", "aes mode"),
-        ("killed while training", killed or "none", f"started again: {back or 'none'}"),
+        (
+            "updates",
+            f"{figures.updates} counted, {figures.late} late",
+            f"late: the round had its {GOAL} already; messages refused: {refused or 'none'}",
+        ),
+        ("killed in mid-round", killed or "none", f"started again: {back or 'none'}"),
         (
             "time",
             f"{figures.total_s:.0f} s in all",

@@ -65,8 +65,14 @@ def test_data_comes_from_a_file_beside_the_config_or_from_a_function(tmp_path):
         ('[data]\nsource = "t.npz"\ninputs = ["y"]', "must be different"),
         ('[data]\nsource = "t.npz"\n[limits]\nthreads = 0', "limits.threads: 0; 1 to 256"),
         ('[data]\nsource = "t.npz"\n[checkin]\nttl_s = 0', "checkin.ttl_s: 0"),
-        ('[data]\nsource = "t.npz"\n[broker]\nurl = "http://b"', 'broker.url: "http://b"; a broker URL begins with mqtt://'),
-        ('[data]\nsource = "t.npz"\n[broker]\nurl = "mqtt://b:99999"', 'broker.url: "mqtt://b:99999"; the broker URL has a bad host or port'),
+        (
+            '[data]\nsource = "t.npz"\n[broker]\nurl = "http://b"',
+            'broker.url: "http://b"; a broker URL begins with mqtt://',
+        ),
+        (
+            '[data]\nsource = "t.npz"\n[broker]\nurl = "mqtt://b:99999"',
+            'broker.url: "mqtt://b:99999"; the broker URL has a bad host or port',
+        ),
         ('[data]\nsource = "t.npz"\n[broker]\nurl = "mqtt://b/x"', "broker.url"),
         ('[data]\nsource = "t.npz"\n[broker]\nurl = "mqtt://b"\nca_file = "c"', "need mqtts://"),
         ('[data]\nsource = "t.npz"\n[broker]\ncert_file = "c"', "come together"),

@@ -333,3 +333,33 @@ def test_a_new_check_in_replaces_the_devices_ticket() -> None:
             CheckedIn(device=DEVICES[0], sequence=sequence, expires_at=9.0, samples=1, codecs=()),
         )
     assert [ticket.sequence for ticket in state.tickets.values()] == [2]
+
+
+def test_a_raised_generation_aborts_the_open_round_and_counts_on() -> None:
+    shell = collecting()
+    shell.state.generation = 2
+    decision = step(shell.state, RULES, RUN_SEED, 1.0, Recovered())
+    (record,) = decision.records
+    assert record == RoundAborted(round_id=ONE, reason="the generation was raised", at=1.0)
+    apply(shell.state, record)
+    for device in DEVICES:
+        apply(
+            shell.state, CheckedIn(device=device, sequence=1, expires_at=1e9, samples=1, codecs=("float32",))
+        )
+    (effect,) = step(shell.state, RULES, RUN_SEED, 2.0, Tick()).effects
+    assert isinstance(effect, PrepareRound)
+    assert effect.round_id == RoundId(2, 2)
+
+
+def test_a_round_prepared_out_of_turn_is_our_own_bug() -> None:
+    shell = collecting()
+    prepared = RoundPrepared(
+        round_id=RoundId(1, 2),
+        base_version=0,
+        cohort=tuple(DEVICES[:4]),
+        deadline=9.0,
+        manifest=b"m",
+        manifest_digest=sha256(b"m"),
+    )
+    with pytest.raises(LocalProtocolError, match="out of turn"):
+        step(shell.state, RULES, RUN_SEED, 1.0, prepared)
