@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,56 +15,6 @@ from edge_runtime.protocol.ids import FederationId, federation_id
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import load, require
 from edge_runtime.transport.broker_config import BrokerConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundConfig:
-    """See ``core.step.RoundRules``: counts of devices, times in seconds."""
-
-    rounds: int = 100
-    cohort: int = 5
-    goal: int = 4
-    minimum: int = 3
-    deadline_s: float = 300.0
-    fleet: int = 0
-    patience_s: float = 30.0
-    retry_s: float = 1.0
-
-    def __post_init__(self) -> None:
-        problem = self.rules().problem()
-        require(problem is None, "round", "values that do not fit together", problem or "")
-
-    def rules(self) -> RoundRules:
-        return RoundRules(**self.__dict__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig:
-    """See ``protocol.plan.Plan``; the scale of the sum follows from the cohort."""
-
-    epochs: int = 1
-    steps: int = 0
-    batch_size: int = 32
-    learning_rate: float = 0.05
-    momentum: float = 0.9
-    max_grad_norm: float = 5.0
-    beta: float = 0.0
-    sample_cap: int = 10_000
-    max_abs_delta: float = 64.0
-    codecs: tuple[str, ...] = ("int8-block+zstd", "int8-block+zlib")
-
-    def __post_init__(self) -> None:
-        problem = self._plan(0).problem()
-        require(problem is None, "plan", "values that do not fit together", problem or "")
-        unknown = [name for name in self.codecs if name not in CODECS]
-        require(not unknown, "codecs", unknown, f"choose from {', '.join(CODECS)}")
-
-    def plan(self, cohort: int) -> Plan:
-        """The plan for rounds of this many devices. Raises LocalProtocolError if their sum cannot be held."""
-        return self._plan(max_scale_bits(cohort, self.max_abs_delta))
-
-    def _plan(self, scale_bits: int) -> Plan:
-        return Plan(**self.__dict__, scale_bits=scale_bits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +40,7 @@ class DeliveryConfig:
 class AggregatorConfig:
     """``folder``: all state of the aggregator; ``root_key``: hex of the registrar's public key.
 
+    round, plan: as ``core.step.RoundRules`` and ``protocol.plan.Plan`` say; ``plan.scale_bits`` is not to be set.
     run_seed_file: 32 bytes as 64 hex digits for the selection; None: made once, kept secret in the folder.
     keep_updates: keep the sealed updates of closed rounds (they can no longer be opened: the key is gone).
     """
@@ -104,8 +56,8 @@ class AggregatorConfig:
     generation: int = 1
     run_seed_file: Path | None = None
     keep_updates: bool = False
-    round: RoundConfig = field(default_factory=RoundConfig)
-    plan: PlanConfig = field(default_factory=PlanConfig)
+    round: RoundRules = field(default_factory=RoundRules)
+    plan: Plan = field(default_factory=Plan)
     delivery: DeliveryConfig = field(default_factory=DeliveryConfig)
 
     def __post_init__(self) -> None:
@@ -117,10 +69,24 @@ class AggregatorConfig:
         require(len(raw) == 32, "root_key", self.root_key, "64 hex digits, as `aggregator init` wrote them")
         require(self.generation >= 1, "generation", self.generation, "at least 1")
         require(self.broker.url is not None, "broker.url", None, "name the broker: mqtt://host:port")
+        problem = self.round.problem()
+        require(problem is None, "round", "values that do not fit together", problem or "")
+        problem = self.plan.problem()
+        require(problem is None, "plan", "values that do not fit together", problem or "")
+        unknown = [name for name in self.plan.codecs if name not in CODECS]
+        require(not unknown, "plan.codecs", unknown, f"choose from {', '.join(CODECS)}")
+        require(
+            self.plan.scale_bits == 0, "plan.scale_bits", self.plan.scale_bits, "it follows from the cohort"
+        )
         try:
-            self.plan.plan(self.round.cohort)
+            self.round_plan()
         except LocalProtocolError as error:
             require(False, "plan.max_abs_delta", self.plan.max_abs_delta, str(error))
+
+    def round_plan(self) -> Plan:
+        """The plan with the scale of the sum. Raises LocalProtocolError if the sum of a cohort cannot be held."""
+        bits = max_scale_bits(self.round.cohort, self.plan.max_abs_delta)
+        return dataclasses.replace(self.plan, scale_bits=bits)
 
     @property
     def federation_id(self) -> FederationId:

@@ -185,7 +185,7 @@ class Service:
             generation=config.generation,
         )
         inbox = stack.enter_context(closing(Inbox(config.folder / "inbox", durable=ledger.durable_ends())))
-        plan = config.plan.plan(config.round.cohort)
+        plan = config.round_plan()
         keys = RoundKeys(config.folder / "round-keys", CRYPTO, os.urandom)
         blobs = BlobServer(
             config.federation_id,
@@ -197,7 +197,7 @@ class Service:
         largest = max(codec_named(name).max_bytes(count) for name in plan.codecs)
         return Engine(
             federation=config.federation_id,
-            rules=config.round.rules(),
+            rules=config.round,
             plan=plan,
             run_seed=self._run_seed(),
             ledger=ledger,

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aggregator import registrar
-from aggregator.config import AggregatorConfig, DeliveryConfig, PlanConfig, RoundConfig
+from aggregator.config import AggregatorConfig, DeliveryConfig
+from aggregator.core.step import RoundRules
 from aggregator.files import make_private_folder, write_atomic
 from edge_runtime.backends.artifact_folder import read_artifact_folder
 from edge_runtime.protocol.crypto.provider import CRYPTO
 from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.plan import Plan
 from edge_runtime.settings import structure
 
 if sys.version_info >= (3, 11):
@@ -137,8 +139,8 @@ def settings_text(required: dict[str, str], chosen: Sequence[tuple[str, str, str
     values = {
         "generation": "1",
         "keep_updates": "false",
-        **_defaults("round", RoundConfig()),
-        **_defaults("plan", PlanConfig()),
+        **_defaults("round", RoundRules()),
+        **_defaults("plan", Plan()),
         **_defaults("delivery", DeliveryConfig()),
         **required,
         **{f"{section}.{key}" if section else key: value for section, key, value in chosen},
@@ -157,8 +159,12 @@ def settings_text(required: dict[str, str], chosen: Sequence[tuple[str, str, str
     return "\n".join(lines) + "\n"
 
 
-def _defaults(section: str, config: RoundConfig | PlanConfig | DeliveryConfig) -> dict[str, str]:
-    return {f"{section}.{f.name}": _toml(getattr(config, f.name)) for f in dataclasses.fields(config)}
+def _defaults(section: str, config: RoundRules | Plan | DeliveryConfig) -> dict[str, str]:
+    return {
+        f"{section}.{f.name}": _toml(getattr(config, f.name))
+        for f in dataclasses.fields(config)
+        if f.name in COMMENTS[section]
+    }
 
 
 def _setting(text: str) -> tuple[str, str, str]:

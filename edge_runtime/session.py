@@ -137,21 +137,23 @@ class Session:
             self.resends += self._sent > 1
             self._send_at = now + RESEND_BASE_S / 2 + self._jitter(RESEND_BASE_S * 2 ** min(self._sent, 5))
             effects += [Send(topic, payload) for topic, payload in self.pending.messages]
-        for fetch in self._fetches.values():
-            if now >= fetch.next_ask_at:
-                fetch.next_ask_at = now + FETCH_RETRY_S + self._jitter(FETCH_RETRY_S)
-                effects.append(self._message(Kind.FETCH, fetch.ask().encode()))
         if not self.pending and self._may_check_in() and now >= self._checkin_at:
             try:
                 self._check_in(now, effects)
             except RemoteProtocolError as error:  # the aggregator's key cannot be sealed to
                 effects.append(Refused(error.reject, error.detail))
+        for fetch in self._fetches.values():
+            if now >= fetch.next_ask_at:
+                fetch.next_ask_at = now + FETCH_RETRY_S + self._jitter(FETCH_RETRY_S)
+                effects.append(self._message(Kind.FETCH, fetch.ask().encode()))
 
     def _may_check_in(self) -> bool:
         manifest = self.manifest
-        return (
-            self.work is Work.IDLE and manifest is not None and manifest.state is not FederationState.FINISHED
-        )
+        if manifest is None or manifest.state is FederationState.FINISHED:
+            return False
+        # Before it knows the cohort, too: the aggregator serves no blob to a device that has never checked in.
+        unsure = manifest.cohort is not None and manifest.cohort.digest in self._fetches
+        return self.work is Work.IDLE or unsure
 
     def _check_in(self, now: float, effects: list[Effect]) -> None:
         capability = self.capability()

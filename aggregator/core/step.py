@@ -40,10 +40,10 @@ class RoundRules:
     retry_s: how often to look again while waiting.
     """
 
-    rounds: int
-    cohort: int
-    goal: int
-    minimum: int
+    rounds: int = 100
+    cohort: int = 5
+    goal: int = 4
+    minimum: int = 3
     deadline_s: float = 300.0
     fleet: int = 0
     patience_s: float = 30.0

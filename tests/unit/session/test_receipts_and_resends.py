@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from edge_runtime.protocol.envelope import unpack
 from edge_runtime.protocol.ids import DeviceId, RoundId, sha256
 from edge_runtime.protocol.kinds import Kind
 from edge_runtime.protocol.rejects import Reject
@@ -12,6 +13,7 @@ from edge_runtime.protocol.rounds import FederationState, Verdict
 from edge_runtime.session import RESEND_BASE_S, RESEND_CAP_S
 from edge_runtime.session_values import Connected, Refused, Send, Settle, StopTraining, Train, Work
 from tests.support.session_driver import (
+    FEDERATION,
     OTHER,
     TTL_S,
     Aggregator,
@@ -299,3 +301,16 @@ def test_a_second_result_of_one_training_is_dropped() -> None:
     device = waiting_for_receipt()
     assert device.trained(an_update(b"other")) == []
     assert set(device.updates(device.wait(60))) == {_entry(device).messages[0].payload}
+
+
+def test_a_new_device_checks_in_before_it_fetches_though_a_round_is_open() -> None:
+    """The aggregator serves nobody it does not know, and rounds may follow each other without a pause."""
+    device = Device(Aggregator())
+    device.connect()
+    effects = device.hear_manifest(device.aggregator.manifest(5, cohort=[OTHER]))
+    kinds = [
+        unpack(effect.payload, FEDERATION, *Kind).header.kind
+        for effect in effects
+        if isinstance(effect, Send)
+    ]
+    assert kinds == [Kind.CHECKIN, Kind.FETCH]
