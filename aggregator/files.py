@@ -1,4 +1,4 @@
-"""What the aggregator does to files: whole or not at all, private, one process per folder.
+"""What the aggregator does to files: whole or not at all, and private.
 
 POSIX promises that a rename is all or nothing; only the two syncs around it promise that it survives a power cut
 (Pillai et al. 2014, "All File Systems Are Not Created Equal").
@@ -6,21 +6,13 @@ POSIX promises that a rename is all or nothing; only the two syncs around it pro
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_runtime.protocol.errors import FleetgradError
-
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
-LOCK_NAME = "lock"
 TEMPORARY_SUFFIX = ".tmp"
-
-
-class FolderInUseError(FleetgradError):
-    """Another process holds the folder; the text names it."""
 
 
 def make_private_folder(path: Path) -> None:
@@ -55,40 +47,6 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class FolderLock:
-    """An exclusive flock(2) on ``folder/lock``: the kernel's, so it dies with its holder.
-
-    The file holds the holder's process id, for the error message only.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Raises FolderInUseError naming the process that holds the folder."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._descriptor: int | None = os.open(folder / LOCK_NAME, flags, FILE_MODE)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
-            self.release()
-            raise FolderInUseError(
-                f"{folder} is in use by process {holder}: stop that aggregator, or use another folder"
-            ) from None
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
-
-    def release(self) -> None:
-        """Lets the next process in. Doing it twice is fine."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def __enter__(self) -> FolderLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
 
 class FileLayer:

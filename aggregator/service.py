@@ -13,7 +13,7 @@ from types import TracebackType
 from aggregator.blob_server import BlobServer
 from aggregator.config import AggregatorConfig
 from aggregator.engine import Engine
-from aggregator.files import FolderLock, make_private_folder, write_atomic
+from aggregator.files import make_private_folder, write_atomic
 from aggregator.inbox.inbox import Inbox
 from aggregator.ledger import database
 from aggregator.ledger.ledger import Ledger
@@ -23,6 +23,7 @@ from aggregator.update_inbox import UpdateInbox
 from aggregator.versions import VersionStore
 from aggregator.work import Incoming, Report
 from edge_runtime.backends.artifact_folder import read_artifact_folder
+from edge_runtime.folder_lock import FolderLock
 from edge_runtime.protocol import topics
 from edge_runtime.protocol.artifact import Artifact
 from edge_runtime.protocol.codecs import codec_named

@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from edge_runtime.folder_lock import LOCK_NAME, FolderLock
 from edge_runtime.protocol.crypto.keys import SigningKey, VerifyKey
 from edge_runtime.protocol.errors import LocalProtocolError, RemoteProtocolError
 from edge_runtime.protocol.ids import DeviceId, FederationId, RoundId, device_id, federation_id
 from edge_runtime.store import records
 from edge_runtime.store.blobs import BlobCache
 from edge_runtime.store.files import FOLDER_MODE, TEMPORARY_SUFFIX, FileLayer
-from edge_runtime.store.lock import FolderLock
 from edge_runtime.store.outbox import Outbox
 from edge_runtime.store.records import DamagedFileError, StateError
 
 SEED_BYTES = 32
 SEQUENCE_BLOCK = 256
 DEFAULT_BLOB_BYTES = 256 << 20
-_LOCK_FILE = "lock"
 _RESTORE = "move the folder away and enrol again with a new token"
 
 
@@ -48,12 +47,12 @@ class DeviceStore:
     ) -> None:
         """Opens or makes the folder, 0700. Temporary files of a cut-off write are removed.
 
-        Raises StateError: in use by another process, not a state folder, open to other users, damaged.
+        Raises FolderInUseError; StateError: not a state folder, open to other users, damaged.
         """
         self.folder = folder
         self._files = files or FileLayer()
         self._prepare()
-        self._lock = FolderLock(folder / _LOCK_FILE)
+        self._lock = FolderLock(folder)
         try:
             for name in ("outbox", "blobs"):
                 self._files.make_folder(folder / name)
@@ -169,7 +168,7 @@ class DeviceStore:
             return
         if not stat.S_ISDIR(mode):
             raise StateError(f"{folder} is not a folder: name another state_folder")
-        if any(folder.iterdir()) and not (folder / _LOCK_FILE).exists():
+        if any(folder.iterdir()) and not (folder / LOCK_NAME).exists():
             raise StateError(f"{folder} holds other files: name an empty or new folder as state_folder")
         if stat.S_IMODE(mode) & ~FOLDER_MODE:
             raise StateError(f"{folder} is open to other users and holds keys: chmod 700 it")

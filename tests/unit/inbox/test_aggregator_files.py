@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.files import FolderInUseError, FolderLock, make_private_folder, write_atomic
+from aggregator.files import make_private_folder, write_atomic
+from edge_runtime.folder_lock import FolderInUseError, FolderLock
 
 
 def test_a_written_file_is_private_whole_and_alone(tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_a_second_holder_is_told_who_has_the_folder(tmp_path: Path) -> None:
 
 def test_a_killed_holder_lets_go(tmp_path: Path) -> None:
     program = (
-        "import os, signal, sys; from pathlib import Path; from aggregator.files import FolderLock\n"
+        "import os, signal, sys; from pathlib import Path; from edge_runtime.folder_lock import FolderLock\n"
         "lock = FolderLock(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", program, tmp_path], check=False)

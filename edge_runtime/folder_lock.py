@@ -1,0 +1,50 @@
+"""One process per state folder: the kernel's lock, which dies with its holder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from edge_runtime.protocol.errors import FleetgradError
+
+LOCK_NAME = "lock"
+_MODE = 0o600
+
+
+class FolderInUseError(FleetgradError):
+    """Another process holds the folder; the text names it."""
+
+
+class FolderLock:
+    """An exclusive flock(2) on ``folder/lock``: the kernel's, so it dies with its holder.
+
+    The file holds the holder's process id, for the error message only.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises FolderInUseError naming the process that holds the folder."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._descriptor: int | None = os.open(folder / LOCK_NAME, flags, _MODE)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            self.release()
+            raise FolderInUseError(
+                f"{folder} is in use by process {holder}: stop that one, or use another folder"
+            ) from None
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Lets the next process in. Doing it twice is fine."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
