@@ -308,8 +308,7 @@ def _store(state: State, rules: RoundRules, event: UpdateArrived) -> Decision:
         round_id=event.round_id,
         digest=event.digest,
         verdict=Verdict.STORED,
-        samples=event.samples,
-    )
+    )  # without the sample count: receipts are signed, not sealed, and the broker is not to learn it
     if len(state.stored) + 1 < min(rules.goal, len(current.cohort)):
         return Decision((stored,), (receipt,))
     frozen, aggregate = _freeze(current, (*state.stored, event.device))

@@ -29,7 +29,7 @@ class Watched:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """``models``: SHA-256 of params.bin by version. ``second_serve``: another serve on the same folder meanwhile."""
+    """``models``: SHA-256 of params.bin by version. ``second_serve``: others on the same folder meanwhile."""
 
     federation: Federation
     models: dict[int, str]

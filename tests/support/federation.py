@@ -35,7 +35,7 @@ from edge_runtime.protocol.enrol_token import EnrolToken
 from edge_runtime.protocol.ids import DeviceId
 from edge_runtime.store import DeviceStore, Enrolment
 from tests.support.brokers import ROOT, BrokerUnderTest
-from tests.support.programs import HANG_S, Program
+from tests.support.programs import HANG_S, Program, eventually
 from tests.support.traffic import FEDERATION, Recorder
 
 ARTIFACT = ROOT / "examples" / "digits" / "artifact"
@@ -104,6 +104,14 @@ class Federation:
         """Where the sealed updates of a round of generation 1 lie while it is open."""
         return self.config.folder / "inbox" / f"000001-{round_number:08d}"
 
+    def wait_at_gate(self, device: str) -> None:
+        """Until a gated device has its model and is about to train."""
+        eventually((self.folder / f"{device}.waits").exists, f"{device} is about to train")
+
+    def open_gate(self, device: str) -> None:
+        """Let it train."""
+        (self.folder / f"{device}.gate").touch()
+
     def signing_key(self, device: str) -> SigningKey:
         """The identity of a device that does not run."""
         with DeviceStore(self.folder / device) as store:
@@ -150,12 +158,14 @@ def federation(
     *,
     samples: Sequence[int] = SAMPLES,
     record: bool = False,
+    gated: Sequence[str] = (),
     broker: str = "mosquitto",
     **settings: object,
 ) -> Federation:
     """A broker, an aggregator's folder and one enrolled device for each count of samples; nothing runs yet.
 
     settings: of aggregator.toml, ``__`` for the dot; cohort, goal and minimum are all devices unless given.
+    gated: devices that stop before their first training step until ``open_gate``.
     """
     size = len(samples)
     chosen = {**STRICT, "round.cohort": size, "round.goal": size, "round.minimum": size}
@@ -174,7 +184,7 @@ def federation(
         for index, count in enumerate(samples):
             name = device_name(index)
             seeds[name] = hashlib.sha256(f"seed of {name}".encode()).digest()
-            _write_device(folder, name, seeds[name], device_data(index, count))
+            _write_device(folder, name, seeds[name], device_data(index, count), gated=name in gated)
         tokens = _enrol_all(folder, running, list(seeds))
     except BaseException:
         if recorder is not None:
@@ -195,15 +205,34 @@ def federation(
     )
 
 
-def _write_device(folder: Path, name: str, seed: bytes, data: Mapping[str, Any]) -> None:
+def _write_device(folder: Path, name: str, seed: bytes, data: Mapping[str, Any], *, gated: bool) -> None:
     np.savez(folder / f"{name}.npz", **data)
     (folder / f"{name}.seed").write_text(seed.hex())
+    module = name.replace("-", "_")
+    if gated:
+        (folder / f"{module}.py").write_text(_GATED_DATA.format(path=folder / name))
+    source = f"python:{module}:load" if gated else f"{name}.npz"
     (folder / f"{name}.toml").write_text(
         f'state_folder = "{name}"\n'
-        f'[data]\nsource = "{name}.npz"\n'
+        f'[data]\nsource = "{source}"\n'
         f'[training]\nseed_file = "{name}.seed"\n'
         "[checkin]\nttl_s = 3600\n"
     )
+
+
+# A device loads its data when it has the model of its first round and is about to train.
+_GATED_DATA = """
+import time
+from pathlib import Path
+import numpy
+
+def load():
+    Path("{path}.waits").touch()
+    while not Path("{path}.gate").exists():
+        time.sleep(0.005)
+    data = numpy.load("{path}.npz")
+    return data["x"], data["y"]
+"""
 
 
 def _enrol_all(folder: Path, broker: BrokerUnderTest, names: Sequence[str]) -> list[EnrolToken]:

@@ -314,3 +314,13 @@ def test_a_new_device_checks_in_before_it_fetches_though_a_round_is_open() -> No
         if isinstance(effect, Send)
     ]
     assert kinds == [Kind.CHECKIN, Kind.FETCH]
+
+
+def test_the_next_update_starts_with_short_pauses_again() -> None:
+    device = waiting_for_receipt()
+    device.wait(1000)
+    device.hear(device.aggregator.receipt(_entry(device)))
+    waiting_for_receipt(2, device)
+    wake = device.session.wake_at()
+    assert wake is not None
+    assert wake - device.now < RESEND_BASE_S / 2 + 2 * RESEND_BASE_S

@@ -10,7 +10,7 @@ from edge_runtime.protocol.envelope import Header, pack, seal_context
 from edge_runtime.protocol.errors import RemoteProtocolError
 from edge_runtime.protocol.ids import RoundId, sha256
 from edge_runtime.protocol.kinds import Kind
-from edge_runtime.protocol.messages import Telemetry, Update
+from edge_runtime.protocol.messages import Chunk, Telemetry, Update
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.rounds import FederationState
 from edge_runtime.session import standing_subscriptions
@@ -353,3 +353,48 @@ def test_the_standing_subscriptions_are_the_manifest_and_the_own_topic() -> None
         topics.manifest(FEDERATION),
         topics.down(FEDERATION, DEVICE),
     )
+
+
+# ---- blobs ------------------------------------------------------------------------------------------
+
+
+def test_what_the_wave_lost_is_pulled_and_nothing_else() -> None:
+    device = ready()
+    published = device.aggregator.manifest(1)
+    model = published.manifest.model.digest
+    lost = {topics.blob_piece(FEDERATION, model, index) for index in (0, 2)}
+    device.hear_manifest(published)
+    device.fetch_all(lambda topic, payload: topic in lost)
+    assert device.session.work is Work.FETCHING
+    (pull,) = device.fetches(device.wait(4.0))
+    assert (pull.digest, pull.wave, pull.want_index, pull.chunks) == (model, False, False, (0, 2))
+    device.fetch_all()
+    assert device.session.work is Work.TRAINING
+
+
+def test_a_wave_lost_as_a_whole_is_pulled_from_the_index_on() -> None:
+    device = ready()
+    published = device.aggregator.manifest(1)
+    model = published.manifest.model.digest
+    device.hear_manifest(published)
+    device.fetch_all(lambda topic, payload: model.hex() in topic)
+    (first,) = device.fetches(device.wait(4.0))
+    assert (first.digest, first.want_index, first.chunks) == (model, True, ())
+    device.fetch_all()
+    (second,) = device.fetches(device.wait(4.0))
+    assert (second.want_index, second.chunks) == (False, (0, 1, 2))
+    device.fetch_all()
+    assert device.session.work is Work.TRAINING
+
+
+def test_a_forged_piece_is_refused_and_the_honest_one_still_counts() -> None:
+    device = ready()
+    published = device.aggregator.manifest(1)
+    device.hear_manifest(published)
+    forged = Chunk(digest=device.fetches()[0].digest, index=None, content=b"FLB1 forged")
+    header = Header(kind=Kind.CHUNK, federation=FEDERATION, payload_digest=sha256())
+    (refused,) = device.hear(next(pack(header, forged.encode(), None)))
+    assert isinstance(refused, Refused)
+    assert refused.reject is Reject.BAD_DIGEST
+    device.fetch_all()
+    assert device.session.work is Work.TRAINING
