@@ -169,7 +169,7 @@ class Engine:
                     verdict=effect.verdict,
                     reject=None,
                     update_digest=effect.digest,
-                    counted_samples=effect.samples,
+                    capped=effect.samples >= self.plan.sample_cap,
                 )
                 payload = self.maker.receipt(effect.device, effect.round_id, digest, receipt)
                 work.outgoing.append(Outgoing(topics.down(self.federation, effect.device), payload))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from aggregator.blob_server import BlobServer
 from aggregator.core import step as core
+from aggregator.core.records import UpdateStored
 from aggregator.core.state import State
 from aggregator.intake import (
     CheckInRequest,
@@ -28,7 +29,7 @@ from aggregator.work import Incoming, Outgoing, Report, Work
 from edge_runtime.protocol import topics
 from edge_runtime.protocol.errors import LocalProtocolError, RemoteProtocolError
 from edge_runtime.protocol.identities import DeviceCertificate, SignedBytes
-from edge_runtime.protocol.ids import DeviceId, Digest, FederationId, RoundId
+from edge_runtime.protocol.ids import DeviceId, FederationId, RoundId
 from edge_runtime.protocol.messages import Receipt
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.rejects import Reject
@@ -123,24 +124,24 @@ class Reception:
         round_id, digest = header.round_id, header.payload_digest
 
         def answer(verdict: Verdict, reject: Reject | None = None, samples: int = 0) -> None:
-            receipt = Receipt(verdict=verdict, reject=reject, update_digest=digest, counted_samples=samples)
+            capped = samples >= self.plan.sample_cap
+            receipt = Receipt(verdict=verdict, reject=reject, update_digest=digest, capped=capped)
             payload = self.maker.receipt(device, round_id, header.manifest_digest, receipt)
             work.outgoing.append(Outgoing(topics.down(self.federation, device), payload))
 
         try:
             settled = core.screen(self.state, device, round_id, header.manifest_digest, digest)
-            if settled is Verdict.LATE:
-                settled = self._settled_earlier(round_id, device, digest)
+            known = self.state.stored.get(device) if settled is Verdict.STORED else None
+            if settled is Verdict.LATE and (row := self.ledger.find_update(round_id, device)) is not None:
+                settled = Verdict.STORED if row.digest == digest else Reject.CONFLICTING
+                known = UpdateStored(round_id=round_id, device=device, digest=row.digest, samples=row.samples)
             if isinstance(settled, Reject):
                 raise RemoteProtocolError(settled, f"update of {device} for round {tuple(round_id)}")
             if settled is not None:
-                work.counts[Count.DUPLICATE if settled is Verdict.STORED else Count.LATE] += 1
-                self.report(
-                    f"update_{settled.name.lower()}_again" if settled is Verdict.STORED else "update_late",
-                    round=round_id.number,
-                    device=device,
-                )
-                answer(settled)
+                work.counts[Count.LATE if settled is Verdict.LATE else Count.DUPLICATE] += 1
+                event = "update_late" if settled is Verdict.LATE else "update_again"
+                self.report(event, round=round_id.number, device=device)
+                answer(settled, samples=known.samples if known else 0)
                 return
             samples = self._store(request, work)
         except RemoteProtocolError as error:
@@ -148,15 +149,9 @@ class Reception:
             raise
         if samples is not None:
             counted = min(samples, self.plan.sample_cap)
-            event = core.UpdateArrived(device=device, round_id=round_id, digest=digest, samples=counted)
-            self.decide(event, work)
+            arrived = core.UpdateArrived(device=device, round_id=round_id, digest=digest, samples=counted)
+            self.decide(arrived, work)
             self.report("update_stored", round=round_id.number, device=device, samples=counted)
-
-    def _settled_earlier(self, round_id: RoundId, device: DeviceId, digest: Digest) -> Verdict | Reject:
-        row = self.ledger.find_update(round_id, device)
-        if row is None:
-            return Verdict.LATE
-        return Verdict.STORED if row.digest == digest else Reject.CONFLICTING
 
     def _store(self, request: UpdatePiece, work: Work) -> int | None:
         """The sample count of an update that is complete and usable; None while pieces are missing."""

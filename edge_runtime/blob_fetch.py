@@ -22,6 +22,7 @@ class BlobFetch:
 
     def __post_init__(self) -> None:
         self._assembler = Assembler(self.ref.digest, self.ref.size)
+        self._pulling: set[int] = set()
 
     @property
     def digest(self) -> Digest:
@@ -32,10 +33,17 @@ class BlobFetch:
         if chunk.digest != self.ref.digest:
             return False
         if chunk.index is not None:
-            return self._assembler.add_chunk(chunk.index, chunk.content)
+            news = self._assembler.add_chunk(chunk.index, chunk.content)
+            self._pulling.discard(chunk.index)
+            return news
         news = self._assembler.index is None
         self._assembler.add_index(chunk.content)
         return news
+
+    def batch_done(self) -> bool:
+        """Whether this piece was the last that a pull asked for, so that the next may be asked for at once."""
+        waits_for_wave = self.asked <= 1
+        return not waits_for_wave and self._assembler.index is not None and not self._pulling
 
     def content(self) -> bytes | None:
         """The whole blob once every piece is there."""
@@ -48,4 +56,6 @@ class BlobFetch:
             return Fetch(digest=self.ref.digest, wave=True)
         if self._assembler.index is None:
             return Fetch(digest=self.ref.digest, wave=False, want_index=True)
-        return Fetch(digest=self.ref.digest, wave=False, chunks=self._assembler.missing()[:PULL_AT_ONCE])
+        wanted = self._assembler.missing()[:PULL_AT_ONCE]
+        self._pulling = set(wanted)
+        return Fetch(digest=self.ref.digest, wave=False, chunks=wanted)

@@ -178,7 +178,8 @@ class Session:
             chunk = Chunk.decode(envelope.body)
             fetch = self._fetches.get(chunk.digest)
             if fetch is not None and fetch.take(chunk):
-                fetch.next_ask_at = now + FETCH_RETRY_S + self._jitter(FETCH_RETRY_S)
+                pause = 0.0 if fetch.batch_done() else FETCH_RETRY_S + self._jitter(FETCH_RETRY_S)
+                fetch.next_ask_at = now + pause
                 if (content := fetch.content()) is not None:
                     del self._fetches[fetch.digest]
                     effects.append(Unsubscribe(topics.all_pieces(self.identity.federation, fetch.digest)))
@@ -202,6 +203,8 @@ class Session:
             raise RemoteProtocolError(
                 Reject.WRONG_ROUND, f"round {manifest.round_id} is before {self.highest_round}, seen already"
             )
+        if manifest.round_id.number > self.highest_round.number + 1:
+            self._checkin_at = now  # a round was missed, and it may have used up the last ticket
         if manifest.round_id > self.highest_round:
             self.highest_round = manifest.round_id
             effects.append(Remember(manifest.round_id))

@@ -146,17 +146,19 @@ class Telemetry:
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
+    """``capped``: the sample count reached the plan's cap and counts as the cap; the count itself is not told."""
+
     verdict: Verdict
     reject: Reject | None
     update_digest: Digest
-    counted_samples: int = 0
+    capped: bool = False
 
     def encode(self) -> bytes:
         return wire.Receipt(
             verdict=self.verdict.value,
             reject=self.reject.code if self.reject else 0,
             update_digest=self.update_digest,
-            counted_samples=self.counted_samples,
+            capped=self.capped,
         ).SerializeToString(deterministic=True)
 
     @classmethod
@@ -170,7 +172,7 @@ class Receipt:
             verdict=verdict,
             reject=Reject.from_code(m.reject) if m.reject else None,
             update_digest=digest(m.update_digest),
-            counted_samples=m.counted_samples,
+            capped=m.capped,
         )
 
 

@@ -162,16 +162,16 @@ class EnrolAnswer(_message.Message):
     def __init__(self, reject: _Optional[int] = ..., certificate: _Optional[bytes] = ..., request_digest: _Optional[bytes] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("verdict", "reject", "update_digest", "counted_samples")
+    __slots__ = ("verdict", "reject", "update_digest", "capped")
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     REJECT_FIELD_NUMBER: _ClassVar[int]
     UPDATE_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    COUNTED_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    CAPPED_FIELD_NUMBER: _ClassVar[int]
     verdict: int
     reject: int
     update_digest: bytes
-    counted_samples: int
-    def __init__(self, verdict: _Optional[int] = ..., reject: _Optional[int] = ..., update_digest: _Optional[bytes] = ..., counted_samples: _Optional[int] = ...) -> None: ...
+    capped: bool
+    def __init__(self, verdict: _Optional[int] = ..., reject: _Optional[int] = ..., update_digest: _Optional[bytes] = ..., capped: bool = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("digest", "is_index", "index", "content")

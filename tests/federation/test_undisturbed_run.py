@@ -41,7 +41,7 @@ def retrained(undisturbed: Undisturbed) -> dict[tuple[str, int], tuple[Vector, U
     """
     fed = undisturbed.federation
     artifact = read_artifact_folder(ARTIFACT)
-    plan = fed.config.plan
+    plan = fed.config.round_plan()
     session = OrtBackend().load(artifact)
     result = {}
     for name, seed in fed.seeds.items():
@@ -103,7 +103,7 @@ def test_each_version_is_the_mean_of_the_updates_that_its_devices_must_have_sent
     undisturbed: Undisturbed, retrained: dict[tuple[str, int], tuple[Vector, Update, bytes]]
 ) -> None:
     fed = undisturbed.federation
-    plan = fed.config.plan
+    plan = fed.config.round_plan()
     for number in range(1, ROUNDS + 1):
         updates = [(DeviceId(name), retrained[name, number][1]) for name in fed.devices]
         theta, excluded = aggregate(parameters(fed, number - 1), updates, plan)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -83,6 +83,10 @@ class Federation:
         for program in (*self.devices.values(), self.aggregator):
             program.close()
         return self.models()
+
+    def moved_to(self, folder: Path) -> None:
+        """The aggregator's state lies elsewhere from now on."""
+        self.config = replace(self.config, folder=folder)
 
     def models(self) -> dict[int, str]:
         """SHA-256 of the params.bin on disk, by version."""

@@ -139,7 +139,7 @@ BODIES: dict[str, Any] = {
         reject=Reject.TOKEN_USED, certificate=b"", request_digest=sha256(b"request")
     ),
     "Receipt, stored": Receipt(
-        verdict=Verdict.STORED, reject=None, update_digest=sha256(b"update"), counted_samples=179
+        verdict=Verdict.STORED, reject=None, update_digest=sha256(b"update"), capped=True
     ),
     "Receipt, late": Receipt(verdict=Verdict.LATE, reject=None, update_digest=sha256(b"update")),
     "Receipt, rejected": Receipt(

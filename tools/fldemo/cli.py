@@ -49,7 +49,12 @@ def run(
         int, typer.Option(min=0, help="Decides the split of the data, the cohorts, the batches.")
     ] = 0,
     rounds: Annotated[
-        int, typer.Option(min=LEAST_ROUNDS, max=1000, help="Versions of the model to make.")
+        int,
+        typer.Option(
+            min=LEAST_ROUNDS,
+            max=1000,
+            help="Versions to make; with fewer than the default it may miss the accuracy.",
+        ),
     ] = ROUNDS,
     export: Annotated[
         bool,

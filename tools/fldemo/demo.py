@@ -102,10 +102,10 @@ def _export(supervisor: Supervisor, folders: Folders) -> Path:
     """A fresh artifact from examples/digits/model.py. Needs the `export` extra."""
     out = folders.root / "artifact"
     command = (
-        *(program("model-export"), "build", f"{example_folder() / 'model.py'}:build"),
+        *(program("model-export"), "build", "model:build"),
         *("--name", "digits", "--out", str(out)),
     )
-    supervisor.run_all({"model-export": command}, at_once=1, timeout_s=300)
+    supervisor.run_all({"model-export": command}, at_once=1, timeout_s=300, folder=example_folder())
     return out
 
 

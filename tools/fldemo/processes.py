@@ -105,9 +105,14 @@ class Supervisor:
         return child
 
     def run_all(
-        self, commands: Mapping[str, Sequence[str]], *, at_once: int, timeout_s: float = 60.0
+        self,
+        commands: Mapping[str, Sequence[str]],
+        *,
+        at_once: int,
+        timeout_s: float = 60.0,
+        folder: Path | None = None,
     ) -> dict[str, str]:
-        """Runs short programs, ``at_once`` at a time; standard output by name.
+        """Runs short programs in ``folder`` (None: this process's), ``at_once`` at a time; standard output by name.
 
         Raises ProcessError for the first that fails or takes longer than ``timeout_s``.
         """
@@ -117,7 +122,7 @@ class Supervisor:
         while waiting or running:
             while waiting and len(running) < at_once:
                 name, command = waiting.pop(0)
-                child = self._spawn(name, command, self.log_folder / f"{name}.log", subprocess.PIPE)
+                child = self._spawn(name, command, self.log_folder / f"{name}.log", subprocess.PIPE, folder)
                 self.children[name] = child
                 running.append((child, time.monotonic() + timeout_s))
             child, deadline = running[0]
@@ -190,7 +195,14 @@ class Supervisor:
                 child.signal(signal.SIGKILL)
                 child.process.wait()
 
-    def _spawn(self, name: str, command: Sequence[str], log_file: Path, stdout: int | None) -> Child:
+    def _spawn(
+        self,
+        name: str,
+        command: Sequence[str],
+        log_file: Path,
+        stdout: int | None,
+        folder: Path | None = None,
+    ) -> Child:
         with log_file.open("ab") as log:
             try:
                 process = subprocess.Popen(
@@ -198,6 +210,7 @@ class Supervisor:
                     stdin=subprocess.DEVNULL,
                     stdout=log if stdout is None else stdout,
                     stderr=log,
+                    cwd=folder,
                     env=self._environment,
                     # A group of its own: Ctrl-C reaches us only, and we end them in order.
                     start_new_session=True,

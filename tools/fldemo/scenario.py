@@ -14,10 +14,10 @@ AGGREGATOR = "aggregator"
 COHORT, GOAL, MINIMUM, DEADLINE_S = 5, 4, 3, 10
 ROUNDS, LEAST_ROUNDS = 60, 20
 
-# Chosen over many seeds of the split. The same number of steps on every device: with epochs the device with the most
-# samples is always the fifth of five, so what it knows never counts. 54 small batches are 3 passes over a mean share.
-# Weighing by the square root of the samples (beta -0.5) keeps one large, one-sided device from turning the model its
-# way each time it is drawn; more rounds settle the last point of accuracy.
+# Chosen over many seeds of the split. Equal steps on every device: with epochs the device with the most samples is
+# always the fifth of five, so what it knows never counts. 54 small batches are 3 passes over a mean share. Weighing
+# by the square root of the samples (beta -0.5) keeps one large, one-sided device from turning the model its way
+# each time it is drawn; 60 rounds settle the last point of accuracy.
 PLAN = Plan(
     epochs=0,
     steps=54,

@@ -380,10 +380,8 @@ def test_a_wave_lost_as_a_whole_is_pulled_from_the_index_on() -> None:
     device.fetch_all(lambda topic, payload: model.hex() in topic)
     (first,) = device.fetches(device.wait(4.0))
     assert (first.digest, first.want_index, first.chunks) == (model, True, ())
-    device.fetch_all()
-    (second,) = device.fetches(device.wait(4.0))
+    (second,) = device.fetches(device.fetch_all())  # asked for at once: time stands still here
     assert (second.want_index, second.chunks) == (False, (0, 1, 2))
-    device.fetch_all()
     assert device.session.work is Work.TRAINING
 
 
@@ -398,3 +396,17 @@ def test_a_forged_piece_is_refused_and_the_honest_one_still_counts() -> None:
     assert refused.reject is Reject.BAD_DIGEST
     device.fetch_all()
     assert device.session.work is Work.TRAINING
+
+
+def test_a_missed_round_may_have_used_up_the_ticket_so_another_is_sent() -> None:
+    device = ready()
+    published = device.aggregator.manifest(1, cohort=("device-b",))
+    device.hear_manifest(published)
+    device.fetch_all()
+    sent = len(device.checkins())
+    device.hear_manifest(device.aggregator.manifest(2, cohort=("device-b",)))
+    device.fetch_all()
+    assert len(device.checkins()) == sent
+    device.hear_manifest(device.aggregator.manifest(4, cohort=("device-b",)))
+    device.fetch_all()
+    assert len(device.checkins()) == sent + 1
