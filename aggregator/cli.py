@@ -28,6 +28,7 @@ registrar_app = typer.Typer(
 )
 app.add_typer(registrar_app, name="registrar")
 
+MAX_EXPIRES_H = 10 * 365 * 24
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The file that `aggregator init` wrote.")]
 BrokerUrl = Annotated[str, typer.Option("--broker", help="mqtt://host:port, or mqtts:// for TLS.")]
 RegistrarFolder = Annotated[Path, typer.Option("--folder", help="The registrar's folder, with the root key.")]
@@ -43,7 +44,10 @@ def init(
         list[str] | None, typer.Option("--set", help="A setting, as section.key=value; may be repeated.")
     ] = None,
 ) -> None:
-    """Make keys, a registrar and a commented aggregator.toml, all in one new folder."""
+    """Make keys, a registrar and a commented aggregator.toml, all in one new folder.
+
+    Next: `aggregator registrar serve` and `aggregator enroll-token` for each device, then `aggregator serve`.
+    """
     from aggregator.setup import initialise
 
     path = initialise(folder, federation, artifact, broker, settings or [])
@@ -63,8 +67,14 @@ def enroll_token(
     device: Annotated[str | None, typer.Option(help="The only device name it is good for.")] = None,
     expires_h: Annotated[float, typer.Option(help="Hours until it expires.")] = 24.0,
 ) -> None:
-    """Print one token, good for enrolling one device once. It is a secret: hand it over like a password."""
+    """Print one token, good for enrolling one device once. It is a secret: hand it over like a password.
+
+    Next, on the device: `edge-runtime enroll`, while `aggregator registrar serve` runs.
+    """
     from aggregator import registrar
+
+    if not 0 < expires_h <= MAX_EXPIRES_H:
+        raise FleetgradError(f"--expires-h {expires_h:g}: more than 0 and at most {MAX_EXPIRES_H} hours")
 
     authority = registrar.open(folder)
     try:
@@ -85,7 +95,10 @@ def serve(
     ] = False,
     log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object per line on stdout.")] = False,
 ) -> None:
-    """Open rounds and aggregate them. Killed at any moment and started again, it goes on where it was."""
+    """Open rounds and aggregate them. Killed at any moment and started again, it goes on where it was.
+
+    Meanwhile `aggregator status` shows what happens; `aggregator export-model` takes any version home.
+    """
     from aggregator.config import load_aggregator_config
     from aggregator.service import Service
 
@@ -100,7 +113,10 @@ def status(
     config: ConfigFile,
     as_json: Annotated[bool, typer.Option("--json", help="All of it as one JSON document.")] = False,
 ) -> None:
-    """Versions, rounds, devices and refusals, read from the ledger; works while `serve` runs."""
+    """Versions, rounds, devices and refusals, read from the ledger; works while `serve` runs.
+
+    Next: `aggregator export-model` for a version worth having.
+    """
     from aggregator.config import load_aggregator_config
     from aggregator.status import collect, render
 
@@ -117,7 +133,10 @@ def export_model(
     out: Annotated[Path, typer.Option(help="Where model.onnx and model.npz go.")],
     version: Annotated[int | None, typer.Option(help="Which version; the newest by default.")] = None,
 ) -> None:
-    """Copy a version: model.onnx for stock ONNX Runtime, model.npz for torch by parameter name."""
+    """Copy a version: model.onnx for stock ONNX Runtime, model.npz for torch by parameter name.
+
+    Next: `onnxruntime.InferenceSession`, or `load_state_dict` of the arrays. Versions: `aggregator status`.
+    """
     from aggregator.config import load_aggregator_config
     from aggregator.service import open_ledger, open_versions
 
@@ -146,7 +165,10 @@ def broker(
         Path | None, typer.Option(help="Write the broker's URL here once it listens.")
     ] = None,
 ) -> None:
-    """Run a broker in the foreground: mosquitto if it is installed, else a Python one for trying things out."""
+    """Run a broker in the foreground: mosquitto if it is installed, else a Python one for trying things out.
+
+    Next, in another terminal: `aggregator init --broker URL` with the URL it prints.
+    """
     from aggregator.broker import run_broker_in_foreground
 
     sys.exit(
@@ -158,7 +180,10 @@ def broker(
 
 @registrar_app.command("serve")
 def registrar_serve(folder: RegistrarFolder, broker: BrokerUrl) -> None:
-    """Answer enrolment requests until Ctrl-C. Only needed while devices enrol."""
+    """Answer enrolment requests until Ctrl-C. Only needed while devices enrol.
+
+    Next: `aggregator enroll-token` for each device, and `edge-runtime enroll` there.
+    """
     from aggregator import registrar
     from edge_runtime.transport.address import parse_broker_url
     from edge_runtime.transport.mqtt import MqttOptions, MqttTransport
@@ -182,7 +207,7 @@ def registrar_serve(folder: RegistrarFolder, broker: BrokerUrl) -> None:
 
 @registrar_app.command("devices")
 def registrar_devices(folder: RegistrarFolder) -> None:
-    """List the devices that were certified."""
+    """List the devices that were certified, with their keys; `aggregator status` tells what they do."""
     from aggregator import registrar
 
     authority = registrar.open(folder)
@@ -200,10 +225,13 @@ def registrar_certify(
     sealing_key: Annotated[str, typer.Option(help="The aggregator's X25519 public key, hex.")],
     out: Annotated[Path, typer.Option(help="The certificate file to write.")],
     generation: Annotated[int, typer.Option(help="The ledger's generation.")] = 1,
-    first_round: Annotated[int, typer.Option()] = 0,
-    last_round: Annotated[int, typer.Option()] = 1_000_000,
+    first_round: Annotated[int, typer.Option(help="The first round it is good for.")] = 0,
+    last_round: Annotated[int, typer.Option(help="And the last.")] = 1_000_000,
 ) -> None:
-    """Certify an aggregator's keys, for a new machine, a rotation, or after a restore from a backup."""
+    """Certify an aggregator's keys, for a new machine, a rotation, or after a restore from a backup.
+
+    Next: name the file as certificate_file in aggregator.toml, and start `aggregator serve` again.
+    """
     from aggregator import registrar
     from aggregator.setup import write_certificate
 

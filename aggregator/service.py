@@ -29,10 +29,15 @@ from edge_runtime.protocol.artifact import Artifact
 from edge_runtime.protocol.codecs import codec_named
 from edge_runtime.protocol.crypto.keys import SealingPrivateKey, SigningKey, VerifyKey
 from edge_runtime.protocol.crypto.provider import CRYPTO
-from edge_runtime.protocol.envelope import OVERHEAD_BYTES
-from edge_runtime.protocol.errors import FleetgradError
 from edge_runtime.settings import read_hex_file
-from edge_runtime.transport.base import Connected, Disconnected, NotConnected, Received, Transport
+from edge_runtime.transport.base import (
+    Connected,
+    Disconnected,
+    NotConnected,
+    Received,
+    Transport,
+    check_chunks_fit,
+)
 from edge_runtime.transport.mqtt import MqttOptions, MqttTransport
 
 BATCH_MESSAGES = 16  # one commit for so many messages, or for what arrives within BATCH_S
@@ -41,10 +46,6 @@ IDLE_WAIT_S = 0.5
 LINGER_S = 2.0  # after the last round: late devices still get their receipts
 LEDGER_FILE = "ledger.sqlite"
 SEED_FILE = "run_seed"
-
-
-class BrokerTooSmall(FleetgradError):
-    """The broker takes no packet of ``delivery.chunk_bytes``."""
 
 
 def open_ledger(config: AggregatorConfig, *, read_only: bool = False) -> Ledger:
@@ -96,7 +97,7 @@ class Service:
     def run(self, *, should_stop: Callable[[], bool], until_finished: bool = False) -> None:
         """Serve until ``should_stop``, or until all rounds are done.
 
-        Raises BrokerUnreachable, BrokerTooSmall, FencedError (another aggregator took over), CertificateError.
+        Raises BrokerUnreachable, PayloadTooLarge, FencedError (another aggregator took over), CertificateError.
         """
         transport, engine = self._transport(), self.engine
         transport.subscribe(topics.all_up(self.config.federation_id))
@@ -117,7 +118,6 @@ class Service:
 
     def _turn(self, transport: Transport, engine: Engine) -> None:
         """One batch: take, commit, publish, acknowledge - in this order."""
-        self._publish(transport, engine)
         received = self._gather(transport, engine)
         if received:
             engine.handle([Incoming(event.topic, event.payload) for event in received])
@@ -141,7 +141,7 @@ class Service:
                     received.append(event)
                     until = until or time.monotonic() + BATCH_S
                 case Connected():
-                    self._check_packet_limit(event)
+                    check_chunks_fit(self.config.delivery.chunk_bytes, event.max_packet_bytes)
                     self.report("connected", session_present=event.session_present)
                     engine.announce()
                     break
@@ -160,15 +160,6 @@ class Service:
                 engine.outgoing.clear()
                 return
             engine.outgoing.popleft()
-
-    def _check_packet_limit(self, event: Connected) -> None:
-        needed = self.config.delivery.chunk_bytes + OVERHEAD_BYTES
-        if event.max_packet_bytes is not None and event.max_packet_bytes < needed:
-            raise BrokerTooSmall(
-                f"the broker takes packets of at most {event.max_packet_bytes} bytes, a chunk needs {needed}: set "
-                f"[delivery] chunk_bytes to at most {event.max_packet_bytes - OVERHEAD_BYTES}, or raise the "
-                "broker's limit (mosquitto: max_packet_size)"
-            )
 
     def _transport(self) -> Transport:
         if self.transport is None:

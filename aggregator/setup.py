@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import sys
@@ -38,9 +39,17 @@ COMMENTS: dict[str, dict[str, str]] = {
         "signing_key_file": "Signs manifests and receipts. Secret.",
         "sealing_key_file": "Opens check-ins and telemetry. Secret.",
         "generation": "Raise by one, with a new certificate, after restoring the ledger from a backup.",
+        "run_seed_file": "64 hex digits that fix the selection (default: made once, kept secret in the folder).",
         "keep_updates": "Keep the sealed updates of closed rounds. Nobody can open them: the round's key is gone.",
     },
-    "broker": {"url": "mqtt://host:port, or mqtts:// with ca_file, cert_file and key_file below."},
+    "broker": {
+        "url": "mqtt://host:port, or mqtts:// for TLS.",
+        "ca_file": "Whom to trust (PEM); the system's authorities by default.",
+        "cert_file": "Who we are, if the broker asks (PEM).",
+        "key_file": "The key of cert_file (PEM).",
+        "username": "If the broker wants a name and a password.",
+        "password_file": "The password, alone in a file.",
+    },
     "round": {
         "rounds": "Versions to make in all.",
         "cohort": "Devices selected for a round; more than goal is over-selection against dropout.",
@@ -150,7 +159,8 @@ def settings_text(required: dict[str, str], chosen: Sequence[tuple[str, str, str
         if section:
             lines += ["", f"[{section}]"]
         for key, comment in comments.items():
-            lines += [f"# {comment}", f"{key} = {values.pop(f'{section}.{key}' if section else key)}"]
+            value = values.pop(f"{section}.{key}" if section else key, None)
+            lines += [f"# {comment}", f'# {key} = "..."' if value is None else f"{key} = {value}"]
         for name in [name for name in values if name.rpartition(".")[0] == section]:
             lines.append(f"{name.rpartition('.')[2]} = {values.pop(name)}")
     for name, value in values.items():
@@ -174,19 +184,18 @@ def _setting(text: str) -> tuple[str, str, str]:
         raise FleetgradError(f"--set takes section.key=value, not {text[:80]!r}")
     value = value.strip()
     try:
-        tomllib.loads(f"x = {value}")
+        is_toml = tomllib.loads(f"x = {value}").keys() == {"x"}  # one value, and no line of its own after it
     except tomllib.TOMLDecodeError:
-        value = _toml(value)  # a bare word is text
-    return section, key, value
+        is_toml = False
+    return section, key, value if is_toml else _toml(value)  # a bare word is text
 
 
 def _toml(value: object) -> str:
     match value:
         case bool():
             return "true" if value else "false"
-        case str():
-            escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-            return f'"{escaped}"'
+        case str():  # a JSON string is a TOML string, but for DEL
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         case tuple():
             return "[" + ", ".join(_toml(item) for item in value) + "]"
         case _:

@@ -44,7 +44,10 @@ def enroll(
     ],
     timeout_s: Annotated[float, typer.Option(help="How long to wait for the registrar's answer.")] = 60.0,
 ) -> None:
-    """Make this machine's key, and have the registrar certify it. A token is good for one device."""
+    """Make this machine's key, and have the registrar certify it. A token is good for one device.
+
+    Next: `edge-runtime run --config device.toml`.
+    """
     from edge_runtime.enrolment import enrol
 
     settings = load_device_config(config)
@@ -87,7 +90,10 @@ def run(
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every step of training.")] = False,
 ) -> None:
-    """Take part: check in, train when selected, send the update until its receipt is here. Ctrl-C stops cleanly."""
+    """Take part: check in, train when selected, send the update until its receipt is here. Ctrl-C stops cleanly.
+
+    Needs `edge-runtime enroll` once before. Killed and started again, it goes on with what it had promised.
+    """
     # Imported here: `--help` and `enroll` need no training runtime.
     from edge_runtime.backends.ort import OrtBackend
     from edge_runtime.runtime import OFFLINE, NotEnrolled, Runtime

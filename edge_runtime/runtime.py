@@ -92,6 +92,7 @@ class Runtime:
     _session: Session = field(init=False)
     _run: _Run | None = field(default=None, init=False)
     _model: _Model | None = field(default=None, init=False)
+    _max_packet_bytes: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         enrolment = self.store.enrolment
@@ -138,6 +139,7 @@ class Runtime:
                     self._train_a_while()
                 event = self.transport.next_event(self._patience())
                 self._handle(self._translate(event))
+                self._check_packet_limit()
                 if isinstance(event, transport_base.Received):
                     self.transport.ack(event)
         finally:
@@ -152,6 +154,7 @@ class Runtime:
             case None:
                 return sv.Tick()
             case transport_base.Connected():
+                self._max_packet_bytes = event.max_packet_bytes
                 self.report("connected")
                 self._say_presence(ONLINE)
                 return sv.Connected(event.session_present)
@@ -164,6 +167,11 @@ class Runtime:
     def _handle(self, event: sv.Event) -> None:
         for effect in self._session.handle(self.clock(), event):
             self._perform(effect)
+
+    def _check_packet_limit(self) -> None:
+        manifest = self._session.manifest
+        if manifest is not None and manifest.state is not FederationState.FINISHED:
+            transport_base.check_chunks_fit(manifest.chunk_bytes, self._max_packet_bytes)
 
     def _patience(self) -> float:
         if self._run is not None:

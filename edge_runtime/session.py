@@ -221,12 +221,18 @@ class Session:
                 effects.append(FederationFinished(manifest))
             case FederationState.WAITING:
                 self._checkin_at = min(self._checkin_at, now)
-            case FederationState.COLLECTING if manifest.round_id > self.settled and not self.pending:
-                self.work = Work.FETCHING
-                self._want(manifest.cohort, now, effects)
-                self._advance(now, effects)
             case FederationState.COLLECTING:
-                pass
+                self._begin(now, effects)
+
+    def _begin(self, now: float, effects: list[Effect]) -> None:
+        """Take up the open round, unless it is settled here or an update still waits for its receipt."""
+        manifest = self.manifest
+        if manifest is None or manifest.state is not FederationState.COLLECTING:
+            return
+        if self.work is Work.IDLE and self.pending is None and manifest.round_id > self.settled:
+            self.work = Work.FETCHING
+            self._want(manifest.cohort, now, effects)
+            self._advance(now, effects)
 
     def _advance(self, now: float, effects: list[Effect]) -> None:
         """Go on once blobs have arrived: cohort first, then artifact and model, then train."""
@@ -340,6 +346,7 @@ class Session:
         self.settled = pending.round_id
         self._checkin_at = now
         effects.append(Settle(pending.round_id, receipt.verdict, receipt.reject))
+        self._begin(now, effects)  # the next round may have opened, with us in it, while the receipt was lost
 
     # ---- small helpers ------------------------------------------------------------------------------
 

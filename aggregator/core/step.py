@@ -308,7 +308,8 @@ def _store(state: State, rules: RoundRules, event: UpdateArrived) -> Decision:
         round_id=event.round_id,
         digest=event.digest,
         verdict=Verdict.STORED,
-    )  # without the sample count: receipts are signed, not sealed, and the broker is not to learn it
+        samples=event.samples,
+    )
     if len(state.stored) + 1 < min(rules.goal, len(current.cohort)):
         return Decision((stored,), (receipt,))
     frozen, aggregate = _freeze(current, (*state.stored, event.device))

@@ -77,7 +77,7 @@ def create_or_check(connection: Connection, federation: FederationId, *, create:
         if names and connection.dialect.name == "sqlite":
             raise LedgerError("the ledger's file holds another program's tables: choose another path")
         if not create:
-            raise LedgerError("the database holds no ledger: run `aggregator init` first")
+            raise LedgerError("the database holds no ledger yet: `aggregator serve` makes it")
         tables.metadata.create_all(connection)
         connection.execute(insert(tables.meta), {"id": 1, "federation": federation, "schema": tables.SCHEMA})
         connection.execute(
@@ -109,7 +109,7 @@ def _prepare_file(database: str | None, *, read_only: bool) -> None:
     if path.is_file():
         return
     if read_only:
-        raise LedgerError(f"there is no ledger at {path}: run `aggregator init` first")
+        raise LedgerError(f"there is no ledger at {path} yet: `aggregator serve` makes it; or name the folder that has one")
     try:
         # SQLite gives its -wal and -shm files the mode of the database.
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, FILE_MODE))

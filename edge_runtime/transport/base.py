@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from edge_runtime.protocol.chunks import MIN_CHUNK_BYTES
+from edge_runtime.protocol.envelope import OVERHEAD_BYTES
 from edge_runtime.protocol.errors import FleetgradError, LocalProtocolError
 
 MQTT_MAX_PACKET_BYTES = 268_435_460  # MQTT 5.0, 1.5.5: a remaining length of 2^28 - 1, and the fixed header
@@ -43,9 +45,11 @@ class PayloadTooLarge(TransportError):
     """Refused before sending: a broker drops the connection over such a packet, and would at every resend."""
 
     def __init__(self, packet_bytes: int, limit_bytes: int) -> None:
+        room = limit_bytes - OVERHEAD_BYTES
+        lower = f"set [delivery] `chunk_bytes` of aggregator.toml to at most {room}, or "
         super().__init__(
             f"a packet of {packet_bytes} bytes is above the {limit_bytes} bytes this broker takes: "
-            "lower `chunk_bytes` below that (less 2 KiB for headers), or raise the broker's packet limit"
+            f"{lower if room >= MIN_CHUNK_BYTES else ''}raise the broker's limit (mosquitto: max_packet_size)"
         )
         self.packet_bytes = packet_bytes
         self.limit_bytes = limit_bytes
@@ -164,6 +168,13 @@ def check_fits(topic: str, payload: bytes, limit_bytes: int | None) -> int:
     if packet_bytes > limit:
         raise PayloadTooLarge(packet_bytes, limit)
     return packet_bytes
+
+
+def check_chunks_fit(chunk_bytes: int, limit_bytes: int | None) -> None:
+    """Raises PayloadTooLarge if a packet with ``chunk_bytes`` of content is above the broker's limit."""
+    needed = chunk_bytes + OVERHEAD_BYTES
+    if limit_bytes is not None and limit_bytes < needed:
+        raise PayloadTooLarge(needed, limit_bytes)
 
 
 def check_topic(topic: str) -> None:

@@ -98,7 +98,7 @@ def test_the_passes_are_those_of_published_updates_only() -> None:
         Round(2, ("a", "b"), accepted=("b",), published=True),
         Round(3, ("a", "b"), accepted=("a",), aborted=True),
     ]
-    assert sample_passes(rounds, samples, dataclasses.replace(PLAN, epochs=4)) == 7
+    assert sample_passes(rounds, samples, dataclasses.replace(PLAN, epochs=4, steps=0)) == 7
     assert sample_passes(rounds, samples, dataclasses.replace(PLAN, epochs=0, steps=25, batch_size=8)) == 2
 
 

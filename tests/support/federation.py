@@ -77,6 +77,11 @@ class Federation:
         for program in (self.aggregator, *self.devices.values()):
             program.start()
 
+    def __post_init__(self) -> None:
+        programs = [self.aggregator, *self.devices.values()]
+        for program in programs:
+            program.fellows = [fellow for fellow in programs if fellow is not program]
+
     def finish(self) -> dict[int, str]:
         """Wait for the last version; end all but the broker. SHA-256 of params.bin by version."""
         self.aggregator.wait_for("finished")
