@@ -84,7 +84,7 @@ class Reception:
                 work.telemetry.append((request.device, request.telemetry))
                 self._saw(request.device, request.header.sequence, work)
             case UpdatePiece():
-                work.counts[Count.BYTES_UP] += len(message.payload)
+                work.counts[Count.UPDATE_BYTES] += len(message.payload)
                 self._update(request, work)
 
     def _check_in(self, request: CheckInRequest, work: Work) -> None:

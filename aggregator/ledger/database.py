@@ -109,7 +109,9 @@ def _prepare_file(database: str | None, *, read_only: bool) -> None:
     if path.is_file():
         return
     if read_only:
-        raise LedgerError(f"there is no ledger at {path} yet: `aggregator serve` makes it; or name the folder that has one")
+        raise LedgerError(
+            f"there is no ledger at {path} yet: `aggregator serve` makes it; or name the folder that has one"
+        )
     try:
         # SQLite gives its -wal and -shm files the mode of the database.
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, FILE_MODE))

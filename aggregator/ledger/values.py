@@ -19,8 +19,7 @@ class Count(Enum):
 
     LATE = "late"
     DUPLICATE = "duplicate"
-    BYTES_UP = "bytes_up"
-    BYTES_DOWN = "bytes_down"
+    UPDATE_BYTES = "update_bytes"
 
 
 @dataclass(frozen=True, kw_only=True)

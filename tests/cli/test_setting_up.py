@@ -82,7 +82,7 @@ def test_settings_override_the_defaults_and_a_bare_word_is_text(tmp_path):
         'plan.codecs=["float32"]',
         "keep_updates=true",
         "run_seed_file=seed.hex",
-        "broker.username=o'brien \"the\\ 1st\"",
+        'broker.username=o\'brien "the\\ 1st"',
     )
     assert init(tmp_path / "agg", *settings).code == 0
     config = load_aggregator_config(tmp_path / "agg" / "aggregator.toml")

@@ -284,14 +284,13 @@ def test_a_devices_sequence_never_goes_back_and_its_first_sight_stays(url: str) 
 
 def test_counters_add_up_and_refusals_are_counted_by_code(ledger: Ledger) -> None:
     for _ in range(2):
-        ledger.commit(Batch(counts={Reject.BAD_SEAL: 2, Count.LATE: 1, Count.BYTES_UP: 1 << 40}))
+        ledger.commit(Batch(counts={Reject.BAD_SEAL: 2, Count.LATE: 1, Count.UPDATE_BYTES: 1 << 40}))
     totals = ledger.totals()
     assert totals.rejects == {Reject.BAD_SEAL: 4}
     assert totals.counts == {
         Count.LATE: 2,
         Count.DUPLICATE: 0,
-        Count.BYTES_UP: 1 << 41,
-        Count.BYTES_DOWN: 0,
+        Count.UPDATE_BYTES: 1 << 41,
     }
 
 

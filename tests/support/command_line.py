@@ -26,7 +26,7 @@ def run(main: Callable[[], None], *words: str, stdin: str = "") -> Done:
     out, err = io.StringIO(), io.StringIO()
     before = sys.argv, sys.stdin
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv, sys.stdin = [main.__module__.partition(".")[0], *words], io.StringIO(stdin)
+    sys.argv, sys.stdin = [main.__module__.partition(".")[0].replace("_", "-"), *words], io.StringIO(stdin)
     code: object = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
