@@ -1,28 +1,36 @@
 # Everything a person types. Each target makes what it needs; nothing is installed outside .venv*.
+# Needed: Python 3.10 or newer with venv. Wanted: mosquitto; without it the demo falls back to amqtt and says so.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.fleetgrad
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
+# The demo needs no torch, so it installs less; a development environment serves as well.
+DEMO_EXTRA := $(if $(EXPORT)$(wildcard $(STAMP)-dev),dev,tools)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-long check format proto clean
+.DELETE_ON_ERROR:
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
+# A venv without pip is what `python3 -m venv` leaves behind where its package is missing: made again, not used.
 $(STAMP)-%: pyproject.toml .ci/constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing fleetgrad[$*] into $(VENV) (first run only)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) \
+		|| { echo 'no venv: on Debian and Ubuntu `apt install python3-venv`, or make PYTHON=another' >&2; exit 1; }
+	@echo "installing fleetgrad[$*] into $(VENV) (first run, or new versions)"
 	@$(PIP) --editable '.[$*]'
 	@touch $@
 
 setup: $(STAMP)-dev ## make the development environment
 
-demo: $(if $(EXPORT),$(STAMP)-dev,$(STAMP)-tools) ## train on ten device processes over a real broker (EXPORT=1 SEED=n ROUNDS=n)
+demo: $(STAMP)-$(DEMO_EXTRA) ## train on ten device processes over a real broker (EXPORT=1 SEED=n ROUNDS=n ARGS='--json f')
 	@$(BIN)/fldemo run $(if $(EXPORT),--export) $(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
-test: $(STAMP)-dev ## the tests, with the time of each directory
+test: $(STAMP)-dev ## the tests, with the time of each directory (ARGS='tests/unit -k name')
 	@$(BIN)/python -m pytest -m 'not long' $(ARGS)
 
 test-long: $(STAMP)-dev ## the tests that take more than a few seconds each
@@ -40,8 +48,9 @@ format: $(STAMP)-dev ## format and mend what can be mended
 	@$(BIN)/ruff check --fix .
 
 # Generated code must load on protobuf 4.25, so the compiler is the old one, in its own environment.
+# Its wheels end with Python 3.12.
 $(STAMP)-protoc: .ci/protobuf.py
-	@test -x $(VENV)-protoc/bin/python || $(PYTHON) -m venv $(VENV)-protoc
+	@$(VENV)-protoc/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)-protoc
 	@$(VENV)-protoc/bin/python -m pip install --quiet --disable-pip-version-check 'grpcio-tools==1.62.3' 'setuptools<81'
 	@touch $@
 
@@ -49,4 +58,4 @@ proto: $(STAMP)-dev $(STAMP)-protoc ## regenerate wire_pb2.py from wire.proto
 	@$(BIN)/python .ci/protobuf.py
 
 clean:           ## remove what the targets made
-	@rm -rf .venv .venv-* .demo build dist .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-* .demo build dist .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -34,7 +34,7 @@ _CONNECT = b"\x10\x0d\x00\x04MQTT\x04\x02\x00\x0a\x00\x01p"  # MQTT 3.1.1, clean
 _ACCEPTED = b"\x20\x02\x00\x00"
 _AMQTT_WARNING = (
     "WARNING: the broker is amqtt, for development only, since mosquitto is not installed or not wanted: it keeps "
-    "all in memory, speaks MQTT 3.1.1, is many times slower and forgets what a client does not acknowledge within 5 s. "
+    "all in memory, speaks MQTT 3.1.1, is many times slower and forgets what is not acknowledged within 5 s. "
     "Install mosquitto (`apt install mosquitto`) for anything else."
 )
 

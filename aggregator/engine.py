@@ -68,7 +68,6 @@ class Engine:
             maker=self.maker,
             blobs=self.blobs,
             clock=self.clock,
-            report=self.report,
             state=self.state,
             decide=self._step,
         )
@@ -82,6 +81,7 @@ class Engine:
         if open_round is not None and open_round.phase is Phase.ABORTED:
             open_round = None
         self.keys.destroy_all_but(open_round.round_id if open_round else None)
+        self._forget_closed_rounds(open_round.round_id if open_round else None)
         self._theta = self._read_theta(self.state.version)
         if open_round is not None:
             self.updates.restore(self._pieces_on_file(open_round.round_id))
@@ -143,6 +143,8 @@ class Engine:
             for round_id in work.forget:
                 self.updates.inbox.delete_round(round_id)
             self.outgoing.extend(work.outgoing)
+            for event, fields in work.reports:
+                self.report(event, **fields)
             if not work.effects:
                 return
             effects, work = work.effects, Work()
@@ -154,7 +156,7 @@ class Engine:
             case core.PrepareRound():
                 event = self.maker.prepare(effect, self._theta)
                 self._step(event, work)
-                self.report(
+                work.say(
                     "round_opened",
                     round=effect.round_id.number,
                     cohort=list(effect.cohort),
@@ -179,18 +181,18 @@ class Engine:
                 self._publish_version(effect, work)
             case core.CloseRound():
                 self._clean_up(effect.round_id, work)
-                self.report("round_aborted", round=effect.round_id.number)
+                work.say("round_aborted", round=effect.round_id.number)
             case core.Finish():
                 if not self.finished:
                     self.finished = True
                     self._rest(FederationState.FINISHED)
-                    self.report("finished", version=effect.version)
+                    work.say("finished", version=effect.version)
 
     def _aggregate(self, effect: core.Aggregate, work: Work) -> None:
         current = self.state.round
         if current is None:
             raise LocalProtocolError("nothing to aggregate")
-        self.report("round_frozen", round=effect.round_id.number, accepted=list(effect.accepted))
+        work.say("round_frozen", round=effect.round_id.number, accepted=list(effect.accepted))
         accepted = tuple((device, self.state.stored[device].digest) for device in effect.accepted)
         try:
             stream = self.updates.updates(
@@ -214,7 +216,7 @@ class Engine:
         )
         self._clean_up(effect.round_id, work)
         self._step(core.VersionPublished(effect.round_id), work)
-        self.report(
+        work.say(
             "round_published",
             round=effect.round_id.number,
             version=effect.version,
@@ -229,6 +231,12 @@ class Engine:
             work.forget.append(round_id)
 
     # ---- small helpers ------------------------------------------------------------------------------
+
+    def _forget_closed_rounds(self, open_round: RoundId | None) -> None:
+        """What a crash between the end of a round and its cleaning up has left."""
+        left = tuple(round_id for round_id in self.ledger.durable_ends() if round_id != open_round)
+        if left and not self.keep_updates:
+            self._commit(Work(forget=list(left)))
 
     def _pieces_on_file(self, round_id: RoundId) -> Iterator[Piece]:
         yield from self.ledger.unfinished_pieces(round_id)

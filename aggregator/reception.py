@@ -25,7 +25,7 @@ from aggregator.round_keys import RoundKeyMissing, RoundKeys
 from aggregator.round_maker import RoundMaker
 from aggregator.rules.mean import decode_update
 from aggregator.update_inbox import UpdateInbox
-from aggregator.work import Incoming, Outgoing, Report, Work
+from aggregator.work import Incoming, Outgoing, Work
 from edge_runtime.protocol import topics
 from edge_runtime.protocol.errors import LocalProtocolError, RemoteProtocolError
 from edge_runtime.protocol.identities import DeviceCertificate, SignedBytes
@@ -49,7 +49,6 @@ class Reception:
     maker: RoundMaker
     blobs: BlobServer
     clock: Callable[[], float]
-    report: Report
     state: State
     decide: Callable[[core.Event, Work], None]
     intake: Intake = field(init=False)
@@ -71,7 +70,7 @@ class Reception:
             self._take(message, work)
         except RemoteProtocolError as error:
             work.counts[error.reject] += 1
-            self.report("refused", topic=message.topic, reject=error.reject.name.lower(), detail=error.detail)
+            work.say("refused", topic=message.topic, reject=error.reject.name.lower(), detail=error.detail)
 
     def _take(self, message: Incoming, work: Work) -> None:
         request = self.intake.accept(message.topic, message.payload)
@@ -140,7 +139,7 @@ class Reception:
             if settled is not None:
                 work.counts[Count.LATE if settled is Verdict.LATE else Count.DUPLICATE] += 1
                 event = "update_late" if settled is Verdict.LATE else "update_again"
-                self.report(event, round=round_id.number, device=device)
+                work.say(event, round=round_id.number, device=device)
                 answer(settled, samples=known.samples if known else 0)
                 return
             samples = self._store(request, work)
@@ -151,7 +150,7 @@ class Reception:
             counted = min(samples, self.plan.sample_cap)
             arrived = core.UpdateArrived(device=device, round_id=round_id, digest=digest, samples=counted)
             self.decide(arrived, work)
-            self.report("update_stored", round=round_id.number, device=device, samples=counted)
+            work.say("update_stored", round=round_id.number, device=device, samples=counted)
 
     def _store(self, request: UpdatePiece, work: Work) -> int | None:
         """The sample count of an update that is complete and usable; None while pieces are missing."""

@@ -46,6 +46,11 @@ class Work:
     forget: list[RoundId] = field(default_factory=list)
     effects: deque[core.Effect] = field(default_factory=deque)
     outgoing: list[Outgoing] = field(default_factory=list)
+    reports: list[tuple[str, dict[str, object]]] = field(default_factory=list)
+
+    def say(self, event: str, **fields: object) -> None:
+        """Report it once it is committed."""
+        self.reports.append((event, fields))
 
     def batch(self) -> Batch:
         """All of it, for one transaction."""

@@ -30,7 +30,7 @@ from tests.support.programs import eventually
 from tests.support.traffic import FEDERATION
 
 HONEST, HOSTILE, STRANGER = DeviceId("device-0"), DeviceId("device-1"), DeviceId("stranger")
-PARAMETERS = 37_978  # of the digits network; checked against the manifest below
+PARAMETERS = 38_282  # of the digits network; checked against the manifest below
 
 
 class Attacker:

@@ -27,10 +27,10 @@ def test_small_chunks_make_the_same_models(tmp_path: Path, undisturbed: Undistur
         assert max(len(message.payload) for message in fed.traffic.messages()) <= 8192 + 512
 
 
-def test_a_device_killed_between_the_pieces_of_its_update_sends_all_of_them_again(
+def test_an_update_of_several_pieces_survives_the_death_of_its_device_and_of_the_aggregator(
     tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
-    """The aggregator has kept the first pieces over its own death, and takes the rest."""
+    """Both die as soon as the update is journalled: before, among or after its pieces, as it happens."""
     with federation(
         tmp_path, record=True, gated=["device-2"], plan__sample_cap=10_007, delivery__chunk_bytes=8192
     ) as fed:
