@@ -181,7 +181,7 @@ class Engine:
                 self._publish_version(effect, work)
             case core.CloseRound():
                 self._clean_up(effect.round_id, work)
-                work.say("round_aborted", round=effect.round_id.number)
+                self.report("round_aborted", round=effect.round_id.number)
             case core.Finish():
                 if not self.finished:
                     self.finished = True
@@ -192,7 +192,7 @@ class Engine:
         current = self.state.round
         if current is None:
             raise LocalProtocolError("nothing to aggregate")
-        work.say("round_frozen", round=effect.round_id.number, accepted=list(effect.accepted))
+        self.report("round_frozen", round=effect.round_id.number, accepted=list(effect.accepted))
         accepted = tuple((device, self.state.stored[device].digest) for device in effect.accepted)
         try:
             stream = self.updates.updates(

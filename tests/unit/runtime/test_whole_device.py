@@ -70,9 +70,7 @@ class ForgingTransport(MemoryTransport):
     def _forge(self, payload: bytes) -> bytes:
         message = wire.Envelope.FromString(payload)
         body = bytearray(message.body)
-        body[-1] ^= (
-            1  # of a manifest a certificate's or count's last byte, of a chunk and a receipt its content
-        )
+        body[-1] ^= 1
         message.body = bytes(body)
         if self.mend_digest:
             header = wire.Header.FromString(message.header)
@@ -175,11 +173,11 @@ def test_every_forgery_is_refused_and_the_round_is_completed_through_the_honest_
 @pytest.mark.parametrize(
     ("images", "labels", "complaint"),
     [
-        (IMAGES[:, :, :7], LABELS, r"train.npz: 'x' has shape \(64, 1, 7, 8\); the model's 'x' needs"),
+        (IMAGES[:, :, :7], LABELS, r"train.npz: 'x' has shape \(64, 1, 7, 8\); the model's 'image' needs"),
         (IMAGES, LABELS + 1, r"train.npz: 'y', row 9: label 10; the model has 10 classes, 0 to 9"),
         (np.where(IMAGES > 0.999, np.nan, IMAGES), LABELS, r"train.npz: 'x', row \d+: NaN"),
         (np.where(IMAGES > 0.999, np.inf, IMAGES), LABELS, r"train.npz: 'x', row \d+: infinity"),
-        (None, LABELS, r"train.npz: No such file"),
+        (None, LABELS, r"train.npz: cannot be read: No such file"),
     ],
 )
 def test_data_that_does_not_fit_stops_the_device_and_once_mended_it_takes_part(

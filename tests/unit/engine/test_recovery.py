@@ -1,0 +1,126 @@
+"""The engine's start, on a real folder: what a crash has left behind is taken up or cleared away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from aggregator.config import AggregatorConfig, load_aggregator_config
+from aggregator.core.records import RoundAborted, RoundOpened, RoundPublished
+from aggregator.ledger.values import Batch, Piece
+from aggregator.service import Service
+from aggregator.setup import initialise
+from edge_runtime.protocol import topics
+from edge_runtime.protocol.envelope import unpack
+from edge_runtime.protocol.ids import DeviceId, FederationId, RoundId, sha256
+from edge_runtime.protocol.kinds import Kind
+from edge_runtime.protocol.manifest import Manifest
+from edge_runtime.protocol.rounds import FederationState, Phase
+from edge_runtime.transport.memory import MemoryBroker, MemoryTransport
+
+ARTIFACT = Path(__file__).parents[3] / "examples" / "digits" / "artifact"
+FEDERATION = FederationId("fed")
+ONE = RoundId(1, 1)
+A = DeviceId("a")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> AggregatorConfig:
+    return load_aggregator_config(
+        initialise(tmp_path / "agg", FEDERATION, ARTIFACT, "mqtt://127.0.0.1:1", [])
+    )
+
+
+@contextmanager
+def service(config: AggregatorConfig) -> Iterator[Service]:
+    transport = MemoryTransport(MemoryBroker(), "aggregator")
+    with Service(config=config, report=lambda event, **fields: None, transport=transport) as running:
+        yield running
+
+
+def opened() -> RoundOpened:
+    return RoundOpened(
+        round_id=ONE, base_version=0, cohort=(A,), deadline=1e12, manifest=b"m", manifest_digest=sha256(b"m")
+    )
+
+
+def leave_a_piece(running: Service) -> Piece:
+    inbox = running.engine.updates.inbox
+    position = inbox.append(ONE, b"sealed")
+    inbox.sync()
+    return Piece(round_id=ONE, device=A, digest=sha256(b"sealed"), index=0, count=1, position=position)
+
+
+def announced(running: Service) -> list[Manifest]:
+    return [
+        Manifest.decode(unpack(message.payload, FEDERATION, Kind.MANIFEST).body)
+        for message in running.engine.outgoing
+        if message.topic == topics.manifest(FEDERATION)
+    ]
+
+
+def test_a_crash_before_an_aborted_round_was_cleaned_up_leaves_no_key_and_no_update(
+    config: AggregatorConfig,
+) -> None:
+    with service(config) as running:
+        running.engine.keys.create(ONE)
+        piece = leave_a_piece(running)
+        aborted = RoundAborted(round_id=ONE, reason="too few", at=1.0)
+        running.engine.ledger.commit(Batch(records=(opened(), aborted), pieces=(piece,)))
+    with service(config) as running:
+        running.engine.start()
+        assert running.engine.ledger.durable_ends() == {}
+        assert running.engine.updates.inbox.rounds() == ()
+        assert not list((config.folder / "round-keys").iterdir())
+
+
+def test_the_pieces_and_the_key_of_an_open_round_stay(config: AggregatorConfig) -> None:
+    with service(config) as running:
+        running.engine.keys.create(ONE)
+        piece = leave_a_piece(running)
+        running.engine.ledger.commit(Batch(records=(opened(),), pieces=(piece,)))
+    with service(config) as running:
+        running.engine.start()
+        assert running.engine.ledger.durable_ends() == {ONE: piece.position}
+        assert running.engine.keys.get(ONE)
+        assert [message.payload for message in running.engine.outgoing] == [b"m"]
+
+
+def test_a_federation_without_an_open_round_asks_devices_to_check_in(config: AggregatorConfig) -> None:
+    with service(config) as running:
+        running.engine.start()
+        (manifest,) = announced(running)
+        assert (manifest.state, manifest.round_id) == (FederationState.WAITING, RoundId(1, 0))
+
+
+def test_a_raised_generation_aborts_the_open_round_and_says_so_under_the_new_one(
+    config: AggregatorConfig, tmp_path: Path
+) -> None:
+    from aggregator import registrar
+    from aggregator.setup import write_certificate
+    from edge_runtime.protocol.crypto.provider import CRYPTO
+
+    with service(config) as running:
+        running.engine.keys.create(ONE)
+        running.engine.ledger.commit(Batch(records=(opened(),)))
+        identity = running.engine.maker.identity
+    root = registrar.open(tmp_path / "agg" / "registrar")
+    public = (
+        CRYPTO.verify_key(identity.signing_key).raw,
+        CRYPTO.sealing_public_key(identity.sealing_key).raw,
+    )
+    write_certificate(config.certificate_file, root.certify_aggregator(*public, 2, 0, 100))
+    root.close()
+    text = (tmp_path / "agg" / "aggregator.toml").read_text().replace("generation = 1", "generation = 2")
+    (tmp_path / "agg" / "aggregator.toml").write_text(text)
+    with service(load_aggregator_config(tmp_path / "agg" / "aggregator.toml")) as running:
+        running.engine.start()
+        assert running.engine.state.phase is Phase.ABORTED
+        (manifest,) = announced(running)
+        assert (manifest.state, manifest.round_id) == (FederationState.WAITING, RoundId(2, 1))
+        records = list(running.engine.ledger.journal())
+        assert isinstance(records[-1], RoundAborted)
+        assert not any(isinstance(record, RoundPublished) for record in records)
