@@ -12,6 +12,8 @@ from typing import Any
 from edge_runtime.protocol.errors import FleetgradError
 
 FAILED = 1
+_EXTRAS = {"edge-runtime": "device", "aggregator": "aggregator"}  # the extra that each program needs
+_OURS = ("edge_runtime", "aggregator")
 Report = Callable[..., None]
 """``report(event, **fields)``: what is happening."""
 
@@ -22,6 +24,12 @@ def run_program(name: str, app: Callable[[], Any]) -> None:
         app()
     except FleetgradError as error:
         sys.stderr.write(f"{name}: {error}\n")
+        sys.exit(FAILED)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(name)
+        if extra is None or (error.name or "").partition(".")[0] in _OURS:
+            raise
+        sys.stderr.write(f"{name}: {error.name} is not installed: pip install 'fleetgrad[{extra}]'\n")
         sys.exit(FAILED)
     except OSError as error:
         sys.stderr.write(f"{name}: {error}: check the disk, the folder and its permissions\n")
