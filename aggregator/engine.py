@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from aggregator.blob_server import BlobServer
 from aggregator.core import step as core
 from aggregator.core.state import State, apply
+from aggregator.inbox.updates import UpdateInbox
 from aggregator.ledger.ledger import Ledger
 from aggregator.ledger.values import Batch, Piece
 from aggregator.reception import Reception
 from aggregator.round_keys import RoundKeyMissing, RoundKeys
 from aggregator.round_maker import RoundMaker
 from aggregator.rules.mean import aggregate
-from aggregator.update_inbox import UpdateInbox
 from aggregator.versions import VersionStore
 from aggregator.work import Incoming, Outgoing, Report, Work
 from edge_runtime.protocol import topics

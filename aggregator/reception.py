@@ -10,6 +10,7 @@ from aggregator.blob_server import BlobServer
 from aggregator.core import step as core
 from aggregator.core.records import UpdateStored
 from aggregator.core.state import State
+from aggregator.inbox.updates import UpdateInbox
 from aggregator.intake import (
     CheckInRequest,
     FetchRequest,
@@ -24,7 +25,6 @@ from aggregator.ledger.values import Count, DeviceSeen
 from aggregator.round_keys import RoundKeyMissing, RoundKeys
 from aggregator.round_maker import RoundMaker
 from aggregator.rules.mean import decode_update
-from aggregator.update_inbox import UpdateInbox
 from aggregator.work import Incoming, Outgoing, Work
 from edge_runtime.protocol import topics
 from edge_runtime.protocol.errors import LocalProtocolError, RemoteProtocolError

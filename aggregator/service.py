@@ -15,11 +15,11 @@ from aggregator.config import AggregatorConfig
 from aggregator.engine import Engine
 from aggregator.files import make_private_folder, write_atomic
 from aggregator.inbox.inbox import Inbox
+from aggregator.inbox.updates import UpdateInbox
 from aggregator.ledger import database
 from aggregator.ledger.ledger import Ledger
 from aggregator.round_keys import RoundKeys
 from aggregator.round_maker import Identity, RoundMaker
-from aggregator.update_inbox import UpdateInbox
 from aggregator.versions import VersionStore
 from aggregator.work import Incoming, Report
 from edge_runtime.backends.artifact_folder import read_artifact_folder

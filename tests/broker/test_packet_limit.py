@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not mosquitto_installed(), reason="needs mosquit
 
 
 def test_serve_names_the_limit_and_what_it_advises_works(monkeypatch, tmp_path: Path):
-    monkeypatch.setattr("aggregator.broker.MAX_PACKET_BYTES", LIMIT)
+    monkeypatch.setattr("aggregator.broker.launcher.MAX_PACKET_BYTES", LIMIT)
     with federation(tmp_path, samples=(160,), round__rounds=1) as fed:
         config = tmp_path / "aggregator" / "aggregator.toml"
         assert ADVICE in refusal(cli.main, "serve", "--config", str(config))
@@ -39,7 +39,7 @@ def test_a_limit_lowered_in_mid_round_stops_both_sides_and_nothing_is_lost(monke
         fed.wait_at_gate("device-0")
         fed.broker.stop()
         with monkeypatch.context() as lowered:
-            lowered.setattr("aggregator.broker.MAX_PACKET_BYTES", LIMIT)
+            lowered.setattr("aggregator.broker.launcher.MAX_PACKET_BYTES", LIMIT)
             fed.broker.start()
             fed.open_gate("device-0")
             device = fed.devices["device-0"]

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import torch
 
-from aggregator.model_files import parameters_npz, publish_model
+from aggregator.versions.model_files import parameters_npz, publish_model
 from edge_runtime.backends.artifact_folder import initial_parameters, read_artifact_folder
 from edge_runtime.backends.ort import OrtBackend
 from model_export.build import import_build

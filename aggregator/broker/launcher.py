@@ -153,7 +153,7 @@ def start_broker(
         broker = RunningBroker("mosquitto", bind, port, folder, process)
     else:
         (warn or _warn_on_stderr)(_AMQTT_WARNING)
-        command = [sys.executable, "-m", "aggregator.broker_amqtt", str(port)]
+        command = [sys.executable, "-m", "aggregator.broker.embedded", str(port)]
         broker = RunningBroker("amqtt", bind, port, folder, _spawn(command, folder, pipe=True))
     _wait_until_accepting(broker, timeout_s)
     return broker

@@ -1,6 +1,6 @@
 """amqtt as a development broker, run as a child process. The only module that imports amqtt.
 
-    python -m aggregator.broker_amqtt PORT      on 127.0.0.1, until standard input ends
+    python -m aggregator.broker.embedded PORT      on 127.0.0.1, until standard input ends
 
 Standard input is a pipe held by the parent: when the parent dies, however it dies, the pipe closes and so do we.
 """
@@ -65,7 +65,7 @@ async def _serve(port: int) -> None:
     broker = DevelopmentBroker(
         {
             "listeners": {"default": {"type": "tcp", "bind": f"127.0.0.1:{port}"}},
-            "plugins": {"aggregator.broker_amqtt.LoopbackAuth": {}},
+            "plugins": {"aggregator.broker.embedded.LoopbackAuth": {}},
         }
     )
     await broker.start()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from aggregator.files import make_private_folder, write_atomic
-from aggregator.model_files import parameters_npz, publish_model
+from aggregator.versions.model_files import parameters_npz, publish_model
 from edge_runtime.protocol.artifact import PARAMETERS_FILE, Artifact
 from edge_runtime.protocol.errors import FleetgradError
 from edge_runtime.protocol.ids import Digest, sha256

@@ -1,0 +1,19 @@
+"""Starting a broker: mosquitto where it is installed, else an embedded one for development."""
+
+from aggregator.broker.launcher import (
+    KINDS,
+    BrokerStartError,
+    RunningBroker,
+    find_mosquitto,
+    run_broker_in_foreground,
+    start_broker,
+)
+
+__all__ = [
+    "KINDS",
+    "BrokerStartError",
+    "RunningBroker",
+    "find_mosquitto",
+    "run_broker_in_foreground",
+    "start_broker",
+]
