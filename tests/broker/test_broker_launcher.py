@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.broker import launcher
-from aggregator.broker import BrokerStartError, start_broker
+from aggregator.broker import BrokerStartError, launcher, start_broker
 from edge_runtime.transport.base import Connected
 from tests.support.brokers import PATIENCE_S, ROOT, BrokerUnderTest, mosquitto_installed, receive, wait_for
 
