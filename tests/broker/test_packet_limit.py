@@ -12,8 +12,9 @@ from tests.support.command_line import refusal
 from tests.support.federation import aggregated_once, federation
 
 LIMIT = 20_000
+# The size is a whole chunk's, or of the update that the device was about to send.
 ADVICE = (
-    f"a packet of 262656 bytes is above the {LIMIT} bytes this broker takes: set [delivery] `chunk_bytes` of "
+    f" bytes is above the {LIMIT} bytes this broker takes: set [delivery] `chunk_bytes` of "
     f"aggregator.toml to at most {LIMIT - 512}, or raise the broker's limit (mosquitto: max_packet_size)"
 )
 
@@ -24,7 +25,7 @@ def test_serve_names_the_limit_and_what_it_advises_works(monkeypatch, tmp_path: 
     monkeypatch.setattr("aggregator.broker.launcher.MAX_PACKET_BYTES", LIMIT)
     with federation(tmp_path, samples=(160,), round__rounds=1) as fed:
         config = tmp_path / "aggregator" / "aggregator.toml"
-        assert ADVICE in refusal(cli.main, "serve", "--config", str(config))
+        assert f"a packet of {262_144 + 512}{ADVICE}" in refusal(cli.main, "serve", "--config", str(config))
         text = config.read_text()
         assert "chunk_bytes = 262144" in text
         config.write_text(text.replace("chunk_bytes = 262144", f"chunk_bytes = {LIMIT - 512}"))
