@@ -10,6 +10,7 @@ from aggregator.core.step import PrepareRound, RoundPrepared
 from aggregator.round_keys import RoundKeys
 from edge_runtime.protocol import certificates
 from edge_runtime.protocol.artifact import MANIFEST_FILE, Artifact, device_bundle
+from edge_runtime.protocol.chunks import index_bytes
 from edge_runtime.protocol.crypto.keys import SealingPrivateKey, SigningKey, VerifyKey
 from edge_runtime.protocol.crypto.provider import CryptoProvider
 from edge_runtime.protocol.envelope import Header, pack
@@ -25,6 +26,10 @@ from edge_runtime.protocol.tensors import Vector, vector_to_bytes
 
 class CertificateError(FleetgradError):
     """The aggregator's certificate does not fit its keys, federation, generation or rounds."""
+
+
+class ChunksTooSmall(FleetgradError):
+    """A blob's index would not fit the packets that its chunks fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,12 @@ class RoundMaker:
     def __post_init__(self) -> None:
         files = {**self.artifact.files, MANIFEST_FILE: self.artifact.manifest.to_bytes()}
         self._bundle = device_bundle(files)
+        largest = max(len(self._bundle), 4 * self.artifact.manifest.parameter_count)
+        if (needed := index_bytes(largest, self.blobs.chunk_bytes)) > self.blobs.chunk_bytes:
+            raise ChunksTooSmall(
+                f"the list of chunks of {largest} bytes has {needed} bytes and must fit one chunk of "
+                f"{self.blobs.chunk_bytes}: double [delivery] chunk_bytes"
+            )
 
     def prepare(self, effect: PrepareRound, theta: Vector) -> RoundPrepared:
         """The round's key on disk, its blobs on offer, its manifest signed. Raises CertificateError."""

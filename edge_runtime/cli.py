@@ -96,10 +96,12 @@ def run(
     """
     # Imported here: `--help` and `enroll` need no training runtime.
     from edge_runtime.backends.ort import OrtBackend
+    from edge_runtime.data import check_source
     from edge_runtime.runtime import OFFLINE, NotEnrolled, Runtime
 
     logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, stream=sys.stderr)
     settings = load_device_config(config)
+    check_source(settings.data.source)
     with DeviceStore(settings.state_folder) as store:
         enrolment = store.enrolment
         if enrolment is None:

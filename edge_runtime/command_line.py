@@ -12,8 +12,9 @@ from typing import Any
 from edge_runtime.protocol.errors import FleetgradError
 
 FAILED = 1
-_EXTRAS = {"edge-runtime": "device", "aggregator": "aggregator"}  # the extra that each program needs
-_OURS = ("edge_runtime", "aggregator")
+# The extra that each program needs.
+_EXTRAS = {"edge-runtime": "device", "aggregator": "aggregator", "model-export": "export", "fldemo": "tools"}
+_OURS = ("edge_runtime", "aggregator", "model_export", "fldemo")
 Report = Callable[..., None]
 """``report(event, **fields)``: what is happening."""
 

@@ -67,6 +67,12 @@ class Dataset:
         return len(self.target)
 
 
+def check_source(source: DataSource) -> None:
+    """Raises DataError for a file that is not there: better told at the start than in the first round."""
+    if isinstance(source, NpzFile) and not source.path.is_file():
+        raise DataError(f"{source} does not exist or is no file: check data.source")
+
+
 def load_dataset(
     source: DataSource,
     manifest: ArtifactManifest,

@@ -316,6 +316,7 @@ class Runtime:
             loss_last=result.loss_last,
             codec=run.codec,
             delta=encoded,
+            parameter_count=change.size,
         )
         train_s = self.clock() - run.started_at
         counters = self.transport.counters

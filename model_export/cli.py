@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from edge_runtime.command_line import run_program
 from edge_runtime.protocol.errors import FleetgradError
 
 app = typer.Typer(
@@ -56,7 +57,7 @@ def build(
     with momentum and clipping as well. If anything differs, or an operator has no gradient rule, the command
     says what and where, exits with 1, and writes nothing.
 
-    Example: **model-export build my_module:build --out artifact/**
+    Example: **model-export build my_module:build --out artifact/**. Next: `aggregator init --artifact artifact/`.
     """
     from model_export.build import (
         build_artifact,
@@ -99,5 +100,5 @@ def build(
 
 
 def main() -> None:
-    """Entry point."""
-    app()
+    """The console script."""
+    run_program("model-export", app)

@@ -24,8 +24,11 @@ F32 = npt.NDArray[np.float32]
 def decode_update(update: Update, plan: Plan, parameter_count: int) -> F32:
     """The delta of an opened update: float32, shape (d,), finite, every |x| <= plan.max_abs_delta.
 
-    Raises RemoteProtocolError: UNKNOWN_CODEC, BAD_ENCODING, NOT_FINITE, OUT_OF_RANGE.
+    Raises RemoteProtocolError: WRONG_SIZE, UNKNOWN_CODEC, BAD_ENCODING, NOT_FINITE, OUT_OF_RANGE.
     """
+    if update.parameter_count != parameter_count:
+        detail = f"{update.parameter_count} values, the model has {parameter_count} parameters"
+        raise RemoteProtocolError(Reject.WRONG_SIZE, detail)
     if update.codec not in plan.codecs:
         raise RemoteProtocolError(Reject.UNKNOWN_CODEC, f"{update.codec!r} is not among the plan's codecs")
     delta = codec_named(update.codec).decode(update.delta, parameter_count)

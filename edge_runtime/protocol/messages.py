@@ -80,7 +80,10 @@ class Fetch:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """The content of a sealed update. ``delta``: the encoded float32 vector, new minus old parameters."""
+    """The content of a sealed update.
+
+    ``delta``: the encoded float32 vector of shape (parameter_count,), new minus old parameters.
+    """
 
     samples: int
     steps: int
@@ -88,6 +91,7 @@ class Update:
     loss_last: float
     codec: str
     delta: bytes
+    parameter_count: int
 
     def encode(self) -> bytes:
         return wire.Update(
@@ -97,6 +101,7 @@ class Update:
             loss_last=self.loss_last,
             codec=self.codec,
             delta=self.delta,
+            parameter_count=self.parameter_count,
         ).SerializeToString(deterministic=True)
 
     @classmethod
@@ -110,6 +115,7 @@ class Update:
             loss_last=finite("loss_last", m.loss_last),
             codec=codec,
             delta=m.delta,
+            parameter_count=m.parameter_count,
         )
 
 

@@ -116,20 +116,22 @@ class Fetch(_message.Message):
     def __init__(self, digest: _Optional[bytes] = ..., wave: bool = ..., want_index: bool = ..., chunks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Update(_message.Message):
-    __slots__ = ("samples", "steps", "loss_first", "loss_last", "codec", "delta")
+    __slots__ = ("samples", "steps", "loss_first", "loss_last", "codec", "delta", "parameter_count")
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIRST_FIELD_NUMBER: _ClassVar[int]
     LOSS_LAST_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     DELTA_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_COUNT_FIELD_NUMBER: _ClassVar[int]
     samples: int
     steps: int
     loss_first: float
     loss_last: float
     codec: str
     delta: bytes
-    def __init__(self, samples: _Optional[int] = ..., steps: _Optional[int] = ..., loss_first: _Optional[float] = ..., loss_last: _Optional[float] = ..., codec: _Optional[str] = ..., delta: _Optional[bytes] = ...) -> None: ...
+    parameter_count: int
+    def __init__(self, samples: _Optional[int] = ..., steps: _Optional[int] = ..., loss_first: _Optional[float] = ..., loss_last: _Optional[float] = ..., codec: _Optional[str] = ..., delta: _Optional[bytes] = ..., parameter_count: _Optional[int] = ...) -> None: ...
 
 class Telemetry(_message.Message):
     __slots__ = ("train_s", "steps", "samples", "peak_memory_bytes", "bytes_up", "bytes_down", "temperature_c", "resends")

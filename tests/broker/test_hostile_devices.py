@@ -116,7 +116,10 @@ def check_in(certificate: bytes) -> bytes:
 def update(values: np.ndarray | None = None, *, codec: str = "float32", raw: bytes | None = None) -> bytes:
     delta = np.zeros(PARAMETERS, "<f4") if values is None else values.astype("<f4")
     content = delta.tobytes() if raw is None else raw
-    return Update(samples=9, steps=1, loss_first=1, loss_last=1, codec=codec, delta=content).encode()
+    count = PARAMETERS if values is None else values.size
+    return Update(
+        samples=9, steps=1, loss_first=1, loss_last=1, codec=codec, delta=content, parameter_count=count
+    ).encode()
 
 
 def with_value(value: float) -> np.ndarray:
@@ -206,8 +209,8 @@ def hostile_run(fed: Federation, attacker: Attacker) -> None:
         (Reject.WRONG_MANIFEST, attacker.message(Kind.UPDATE, good, manifest_digest=sha256(b"another"))),
         (Reject.BAD_SEAL, attacker.message(Kind.UPDATE, good, to=attacker.sealing_key)),
         (Reject.MALFORMED, attacker.message(Kind.UPDATE, b"\xff" * 80)),
-        (Reject.BAD_ENCODING, attacker.message(Kind.UPDATE, update(np.zeros(PARAMETERS + 1)))),
-        (Reject.BAD_ENCODING, attacker.message(Kind.UPDATE, update(np.zeros(PARAMETERS - 1)))),
+        (Reject.WRONG_SIZE, attacker.message(Kind.UPDATE, update(np.zeros(PARAMETERS + 1)))),
+        (Reject.WRONG_SIZE, attacker.message(Kind.UPDATE, update(np.zeros(PARAMETERS - 1)))),
         (Reject.BAD_ENCODING, attacker.message(Kind.UPDATE, update(codec="int8-block+zstd", raw=b"junk"))),
         (Reject.UNKNOWN_CODEC, attacker.message(Kind.UPDATE, update(codec="pickle"))),
         (Reject.NOT_FINITE, attacker.message(Kind.UPDATE, update(with_value(np.nan)))),

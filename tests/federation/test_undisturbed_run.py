@@ -66,6 +66,7 @@ def retrained(undisturbed: Undisturbed) -> dict[tuple[str, int], tuple[Vector, U
                 loss_last=trained.loss_last,
                 codec=codec.name,
                 delta=encoded,
+                parameter_count=change.size,
             )
             result[name, number] = (change, update, INT8_BLOCK.pack(change, Stream(stream_seed)))
     return result

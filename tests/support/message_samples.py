@@ -72,7 +72,13 @@ DEVICE_CERTIFICATE_SIGNED = certificates.issue_device(CRYPTO, ROOT, DEVICE_CERTI
 AGGREGATOR_CERTIFICATE_SIGNED = certificates.issue_aggregator(CRYPTO, ROOT, AGGREGATOR_CERTIFICATE)
 
 UPDATE = Update(
-    samples=179, steps=18, loss_first=2.25, loss_last=0.5, codec="float32", delta=bytes(range(96))
+    samples=179,
+    steps=18,
+    loss_first=2.25,
+    loss_last=0.5,
+    codec="float32",
+    delta=bytes(range(96)),
+    parameter_count=24,
 )
 MANIFEST = Manifest(
     federation=FEDERATION,

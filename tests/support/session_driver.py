@@ -62,7 +62,15 @@ def sealing_key(tag: int) -> SealingPrivateKey:
 
 
 def an_update(delta: bytes = b"delta") -> Update:
-    return Update(samples=100, steps=10, loss_first=2.0, loss_last=1.0, codec="float32", delta=delta)
+    return Update(
+        samples=100,
+        steps=10,
+        loss_first=2.0,
+        loss_last=1.0,
+        codec="float32",
+        delta=delta,
+        parameter_count=len(delta) // 4,
+    )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from edge_runtime.command_line import run_program
 from edge_runtime.protocol.errors import FleetgradError
 from fldemo.demo import Observer, Options, run_demo
 from fldemo.report import print_checks, print_table, round_line, write_json
@@ -134,4 +135,4 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """The console script."""
-    app()
+    run_program("fldemo", app)

@@ -11,6 +11,7 @@ import pytest
 from aggregator.config import AggregatorConfig, load_aggregator_config
 from aggregator.core.records import RoundAborted, RoundOpened, RoundPublished
 from aggregator.ledger.values import Batch, Piece
+from aggregator.round_maker import ChunksTooSmall
 from aggregator.service import Service
 from aggregator.setup import initialise
 from edge_runtime.protocol import topics
@@ -124,3 +125,11 @@ def test_a_raised_generation_aborts_the_open_round_and_says_so_under_the_new_one
         records = list(running.engine.ledger.journal())
         assert isinstance(records[-1], RoundAborted)
         assert not any(isinstance(record, RoundPublished) for record in records)
+
+
+def test_chunks_too_small_for_the_list_of_chunks_are_refused_before_serving(
+    config: AggregatorConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aggregator.round_maker.index_bytes", lambda size, chunk: chunk + 1)
+    with pytest.raises(ChunksTooSmall, match="double"), service(config):
+        pass

@@ -32,7 +32,9 @@ def _plan(beta: float = 0.0, sample_cap: int = 1000, updates: int = 20) -> Plan:
 def _update(delta: np.ndarray, samples: int = 100, codec: str = "float32") -> Update:
     chosen = codec_named(codec)
     raw, _ = chosen.encode(delta.astype(np.float32), chosen.init(delta.size), Stream(bytes(32)))
-    return Update(samples=samples, steps=1, loss_first=1.0, loss_last=1.0, codec=codec, delta=raw)
+    return Update(
+        samples=samples, steps=1, loss_first=1.0, loss_last=1.0, codec=codec, delta=raw, parameter_count=D
+    )
 
 
 def _deltas(seed: int, n: int) -> np.ndarray:
@@ -90,11 +92,20 @@ def test_samples_above_the_cap_count_as_the_cap() -> None:
 
 
 BAD = {
+    Reject.WRONG_SIZE: lambda: Update(
+        samples=1, steps=1, loss_first=1.0, loss_last=1.0, codec="float32", delta=b"", parameter_count=D + 1
+    ),
     Reject.UNKNOWN_CODEC: lambda: Update(
-        samples=1, steps=1, loss_first=1.0, loss_last=1.0, codec="zip", delta=b""
+        samples=1, steps=1, loss_first=1.0, loss_last=1.0, codec="zip", delta=b"", parameter_count=D
     ),
     Reject.BAD_ENCODING: lambda: Update(
-        samples=1, steps=1, loss_first=1.0, loss_last=1.0, codec="int8-block+zlib", delta=b"\xff" * 9
+        samples=1,
+        steps=1,
+        loss_first=1.0,
+        loss_last=1.0,
+        codec="int8-block+zlib",
+        delta=b"\xff" * 9,
+        parameter_count=D,
     ),
     Reject.OUT_OF_RANGE: lambda: _update(np.full(D, 4.5)),
     Reject.NOT_FINITE: lambda: Update(
@@ -104,6 +115,7 @@ BAD = {
         loss_last=1.0,
         codec="float32",
         delta=np.full(D, np.nan, "<f4").tobytes(),
+        parameter_count=D,
     ),
 }
 
