@@ -16,16 +16,18 @@ from aggregator.core.state import State, apply
 from aggregator.inbox.updates import UpdateInbox
 from aggregator.ledger.ledger import Ledger
 from aggregator.ledger.values import Batch, Piece
-from aggregator.reception import Reception
+from aggregator.reception import About, Reception
 from aggregator.round_keys import RoundKeyMissing, RoundKeys
 from aggregator.round_maker import RoundMaker
 from aggregator.rules.mean import aggregate
 from aggregator.versions import VersionStore
 from aggregator.work import Incoming, Outgoing, Report, Work
 from edge_runtime.protocol import topics
+from edge_runtime.protocol.envelope import unpack
 from edge_runtime.protocol.errors import LocalProtocolError
 from edge_runtime.protocol.ids import FederationId, RoundId
-from edge_runtime.protocol.messages import Receipt
+from edge_runtime.protocol.kinds import Kind
+from edge_runtime.protocol.manifest import Manifest
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.rounds import FederationState, Phase
 from edge_runtime.protocol.tensors import Vector
@@ -33,11 +35,13 @@ from edge_runtime.protocol.tensors import Vector
 
 @dataclass(kw_only=True)
 class Engine:
-    """One thread calls it. ``clock``: seconds since 1970; ``run_seed``: 32 secret bytes for the selection."""
+    """One thread calls it. ``clock``: seconds since 1970; ``run_seed``: 32 secret bytes for the selection.
+
+    ``rules`` may differ from those an open round began with; its plan may not: it is read from its manifest.
+    """
 
     federation: FederationId
     rules: core.RoundRules
-    plan: Plan
     run_seed: bytes
     ledger: Ledger
     updates: UpdateInbox
@@ -54,13 +58,15 @@ class Engine:
     outgoing: deque[Outgoing] = field(default_factory=deque, init=False)
     _reception: Reception = field(init=False)
     _theta: Vector = field(init=False)
+    _plan: Plan = field(init=False)  # of the open round, or of the next
     _manifest: bytes | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.state = self.ledger.load_state()
+        self._plan = self.maker.plan
         self._reception = Reception(
             federation=self.federation,
-            plan=self.plan,
+            plan=lambda: self._plan,
             parameter_count=self.versions.parameter_count,
             ledger=self.ledger,
             updates=self.updates,
@@ -85,8 +91,10 @@ class Engine:
         self._theta = self._read_theta(self.state.version)
         if open_round is not None:
             self.updates.restore(self._pieces_on_file(open_round.round_id))
-            if open_round.phase is Phase.COLLECTING:
-                self.maker.offer_again(tuple(open_round.cohort), self._theta)
+            if open_round.phase in (Phase.COLLECTING, Phase.FROZEN):
+                manifest = _read_manifest(open_round.manifest, self.federation)
+                self.maker.offer_again(manifest, open_round.cohort, self._theta)
+                self._plan = manifest.plan
             self.report("resumed", round=open_round.round_id.number, phase=open_round.phase.value)
         self._decide(core.Recovered())
         if self._manifest is None:
@@ -155,6 +163,7 @@ class Engine:
         match effect:
             case core.PrepareRound():
                 event = self.maker.prepare(effect, self._theta)
+                self._plan = _read_manifest(event.manifest, self.federation).plan
                 self._step(event, work)
                 work.say(
                     "round_opened",
@@ -166,15 +175,13 @@ class Engine:
                 self._publish_manifest(effect.manifest, work)
             case core.SendReceipt():
                 current = self.state.round
-                digest = current.manifest_digest if current else None
-                receipt = Receipt(
-                    verdict=effect.verdict,
-                    reject=None,
-                    update_digest=effect.digest,
-                    capped=effect.samples >= self.plan.sample_cap,
+                about = About(
+                    effect.device,
+                    effect.round_id,
+                    current.manifest_digest if current else None,
+                    effect.digest,
                 )
-                payload = self.maker.receipt(effect.device, effect.round_id, digest, receipt)
-                work.outgoing.append(Outgoing(topics.down(self.federation, effect.device), payload))
+                work.outgoing.append(self._reception.answer(about, effect.verdict, samples=effect.samples))
             case core.Aggregate():
                 self._aggregate(effect, work)
             case core.PublishVersion():
@@ -198,7 +205,7 @@ class Engine:
             stream = self.updates.updates(
                 effect.round_id, current.manifest_digest, accepted, lambda: self.keys.get(effect.round_id)
             )
-            theta, excluded = aggregate(self._theta, stream, self.plan)
+            theta, excluded = aggregate(self._theta, stream, self._plan)
         except RoundKeyMissing as error:
             self._step(core.AggregationFailed(effect.round_id, str(error)), work)
             return
@@ -268,7 +275,12 @@ class Engine:
     def _read_theta(self, version: int) -> Vector:
         if version == 0:
             return self.versions.read_parameters(0, self.versions.initial_digest())
-        row = next((row for row in self.ledger.versions() if row.version == version), None)
+        row = self.ledger.version(version)
         if row is None:
             raise LocalProtocolError(f"version {version} is not in the ledger")
         return self.versions.read_parameters(version, row.model_digest)
+
+
+def _read_manifest(payload: bytes, federation: FederationId) -> Manifest:
+    """A manifest that this aggregator signed, out of its journal."""
+    return Manifest.decode(unpack(payload, federation, Kind.MANIFEST).body)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from aggregator.blob_server import BlobServer
 from aggregator.core import step as core
-from aggregator.core.records import UpdateStored
 from aggregator.core.state import State
 from aggregator.inbox.updates import UpdateInbox
 from aggregator.intake import (
@@ -26,22 +26,33 @@ from aggregator.round_keys import RoundKeyMissing, RoundKeys
 from aggregator.round_maker import RoundMaker
 from aggregator.rules.mean import decode_update
 from aggregator.work import Incoming, Outgoing, Work
-from edge_runtime.protocol import topics
 from edge_runtime.protocol.errors import LocalProtocolError, RemoteProtocolError
 from edge_runtime.protocol.identities import DeviceCertificate, SignedBytes
-from edge_runtime.protocol.ids import DeviceId, FederationId, RoundId
+from edge_runtime.protocol.ids import DeviceId, Digest, FederationId, RoundId
 from edge_runtime.protocol.messages import Receipt
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.rounds import Verdict
 
 
+class About(NamedTuple):
+    """The update that a receipt speaks of."""
+
+    device: DeviceId
+    round_id: RoundId
+    manifest_digest: Digest | None
+    digest: Digest
+
+
 @dataclass(kw_only=True)
 class Reception:
-    """``decide``: runs the core's step and gathers its decision; ``state``: the core's, read only here."""
+    """``decide``: runs the core's step and gathers its decision; ``state``: the core's, read only here.
+
+    ``plan``: of the open round, as its manifest says.
+    """
 
     federation: FederationId
-    plan: Plan
+    plan: Callable[[], Plan]
     parameter_count: int
     ledger: Ledger
     updates: UpdateInbox
@@ -70,7 +81,12 @@ class Reception:
             self._take(message, work)
         except RemoteProtocolError as error:
             work.counts[error.reject] += 1
-            work.say("refused", topic=message.topic, reject=error.reject.name.lower(), detail=error.detail)
+            work.say(
+                "refused",
+                topic=ascii(message.topic[:120]),
+                reject=error.reject.name.lower(),
+                detail=error.detail,
+            )
 
     def _take(self, message: Incoming, work: Work) -> None:
         request = self.intake.accept(message.topic, message.payload)
@@ -118,39 +134,51 @@ class Reception:
             device=device, signing_key=row.signing_key, certificate=row.certificate, sequence=sequence
         )
 
+    def answer(
+        self, about: About, verdict: Verdict, reject: Reject | None = None, samples: int = 0
+    ) -> Outgoing:
+        """The receipt for an update; ``samples``: what is stored of it, 0 if nothing is."""
+        capped = samples >= self.plan().sample_cap
+        receipt = Receipt(verdict=verdict, reject=reject, update_digest=about.digest, capped=capped)
+        return self.maker.receipt(about.device, about.round_id, about.manifest_digest, receipt)
+
     def _update(self, request: UpdatePiece, work: Work) -> None:
         header, device = request.envelope.header, request.device
         round_id, digest = header.round_id, header.payload_digest
-
-        def answer(verdict: Verdict, reject: Reject | None = None, samples: int = 0) -> None:
-            capped = samples >= self.plan.sample_cap
-            receipt = Receipt(verdict=verdict, reject=reject, update_digest=digest, capped=capped)
-            payload = self.maker.receipt(device, round_id, header.manifest_digest, receipt)
-            work.outgoing.append(Outgoing(topics.down(self.federation, device), payload))
-
+        about = About(device, round_id, header.manifest_digest, digest)
+        # An update in many pieces is answered once, whatever is wrong with it.
+        last_piece = header.chunk_index == header.chunk_count - 1
+        settled, stored = self._settled(about)
+        if settled is not None and not last_piece:
+            return
         try:
-            settled = core.screen(self.state, device, round_id, header.manifest_digest, digest)
-            known = self.state.stored.get(device) if settled is Verdict.STORED else None
-            if settled is Verdict.LATE and (row := self.ledger.find_update(round_id, device)) is not None:
-                settled = Verdict.STORED if row.digest == digest else Reject.CONFLICTING
-                known = UpdateStored(round_id=round_id, device=device, digest=row.digest, samples=row.samples)
             if isinstance(settled, Reject):
                 raise RemoteProtocolError(settled, f"update of {device} for round {tuple(round_id)}")
             if settled is not None:
                 work.counts[Count.LATE if settled is Verdict.LATE else Count.DUPLICATE] += 1
                 event = "update_late" if settled is Verdict.LATE else "update_again"
                 work.say(event, round=round_id.number, device=device)
-                answer(settled, samples=known.samples if known else 0)
+                work.outgoing.append(self.answer(about, settled, samples=stored))
                 return
             samples = self._store(request, work)
         except RemoteProtocolError as error:
-            answer(Verdict.REJECTED, error.reject)
+            work.outgoing.append(self.answer(about, Verdict.REJECTED, error.reject))
             raise
         if samples is not None:
-            counted = min(samples, self.plan.sample_cap)
+            counted = min(samples, self.plan().sample_cap)
             arrived = core.UpdateArrived(device=device, round_id=round_id, digest=digest, samples=counted)
             self.decide(arrived, work)
             work.say("update_stored", round=round_id.number, device=device, samples=counted)
+
+    def _settled(self, about: About) -> tuple[Verdict | Reject | None, int]:
+        """What is known of it without looking inside, and the samples of what is stored; None: nothing."""
+        device, round_id, manifest_digest, digest = about
+        settled = core.screen(self.state, device, round_id, manifest_digest, digest)
+        if settled is Verdict.STORED:
+            return settled, self.state.stored[device].samples
+        if settled is Verdict.LATE and (row := self.ledger.find_update(round_id, device)) is not None:
+            return (Verdict.STORED, row.samples) if row.digest == digest else (Reject.CONFLICTING, 0)
+        return settled, 0
 
     def _store(self, request: UpdatePiece, work: Work) -> int | None:
         """The sample count of an update that is complete and usable; None while pieces are missing."""
@@ -176,7 +204,7 @@ class Reception:
         except RoundKeyMissing as error:
             raise RemoteProtocolError(Reject.BAD_SEAL, str(error)) from error
         update = open_update(self.maker.provider, key, request.envelope.header, sealed)
-        decode_update(update, self.plan, self.parameter_count)
+        decode_update(update, self.plan(), self.parameter_count)
         return update.samples
 
     def _lookup(self, device: DeviceId) -> KnownDevice | None:

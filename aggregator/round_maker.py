@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from aggregator.blob_server import BlobServer
 from aggregator.core.step import PrepareRound, RoundPrepared
 from aggregator.round_keys import RoundKeys
-from edge_runtime.protocol import certificates
+from aggregator.work import Outgoing
+from edge_runtime.protocol import certificates, topics
 from edge_runtime.protocol.artifact import MANIFEST_FILE, Artifact, device_bundle
 from edge_runtime.protocol.chunks import index_bytes
 from edge_runtime.protocol.crypto.keys import SealingPrivateKey, SigningKey, VerifyKey
 from edge_runtime.protocol.crypto.provider import CryptoProvider
 from edge_runtime.protocol.envelope import Header, pack
 from edge_runtime.protocol.errors import FleetgradError, RemoteProtocolError
+from edge_runtime.protocol.fixed_point import max_scale_bits
 from edge_runtime.protocol.ids import DeviceId, Digest, FederationId, RoundId, sha256
 from edge_runtime.protocol.kinds import Kind
 from edge_runtime.protocol.manifest import BlobRef, Cohort, Manifest
@@ -26,6 +29,10 @@ from edge_runtime.protocol.tensors import Vector, vector_to_bytes
 
 class CertificateError(FleetgradError):
     """The aggregator's certificate does not fit its keys, federation, generation or rounds."""
+
+
+class ArtifactChanged(FleetgradError):
+    """The artifact of the settings is not the one that the open round trains."""
 
 
 class ChunksTooSmall(FleetgradError):
@@ -62,7 +69,7 @@ class Identity:
 
 @dataclass(kw_only=True)
 class RoundMaker:
-    """``plan``: what every round asks of its devices."""
+    """``plan``: what rounds to come ask of their devices; the scale of the sum follows from each cohort."""
 
     identity: Identity
     provider: CryptoProvider
@@ -87,11 +94,13 @@ class RoundMaker:
         self.identity.check(self.provider, effect.round_id.number)
         key = self.keys.create(effect.round_id)
         cohort = self.blobs.offer(Cohort(devices=effect.cohort).encode())
+        bits = max_scale_bits(len(effect.cohort), self.plan.max_abs_delta)
         manifest = self._manifest(
             effect.round_id,
             FederationState.COLLECTING,
             effect.base_version,
             theta,
+            dataclasses.replace(self.plan, scale_bits=bits),
             deadline=effect.deadline,
             cohort=cohort,
             sealing_key=self.provider.sealing_public_key(key).raw,
@@ -107,21 +116,25 @@ class RoundMaker:
             manifest_digest=digest,
         )
 
-    def offer_again(self, cohort: tuple[DeviceId, ...], theta: Vector) -> None:
-        """After a restart: the blobs of the open round."""
+    def offer_again(self, manifest: Manifest, cohort: Iterable[DeviceId], theta: Vector) -> None:
+        """After a restart: the blobs of the open round. Raises ArtifactChanged if they are no longer to be had."""
         self.blobs.offer(Cohort(devices=tuple(sorted(cohort))).encode())
         self.blobs.offer(vector_to_bytes(theta))
-        self.blobs.offer(self._bundle)
+        if self.blobs.offer(self._bundle) != manifest.artifact:
+            raise ArtifactChanged(
+                f"round {manifest.round_id.number} is open and trains another artifact than the settings name: "
+                "put that one back until the round is over"
+            )
 
     def at_rest(self, round_id: RoundId, state: FederationState, version: int, theta: Vector) -> bytes:
         """The signed manifest of a federation that waits for devices, or is finished."""
         self.identity.check(self.provider, round_id.number)
-        return self._signed(self._manifest(round_id, state, version, theta))[0]
+        return self._signed(self._manifest(round_id, state, version, theta, self.plan))[0]
 
     def receipt(
         self, device: DeviceId, round_id: RoundId, manifest: Digest | None, receipt: Receipt
-    ) -> bytes:
-        """A signed receipt as it travels."""
+    ) -> Outgoing:
+        """A signed receipt on its way to its device."""
         body = receipt.encode()
         header = Header(
             kind=Kind.RECEIPT,
@@ -132,7 +145,7 @@ class RoundMaker:
             payload_digest=sha256(body),
         )
         (payload,) = pack(header, body, self._sign)
-        return payload
+        return Outgoing(topics.down(self.identity.federation, device), payload)
 
     def _manifest(
         self,
@@ -140,6 +153,7 @@ class RoundMaker:
         state: FederationState,
         version: int,
         theta: Vector,
+        plan: Plan,
         *,
         deadline: float = 0.0,
         cohort: BlobRef | None = None,
@@ -151,7 +165,7 @@ class RoundMaker:
             state=state,
             base_version=version,
             deadline_unix_ms=int(deadline * 1000),
-            plan=self.plan,
+            plan=plan,
             model=self.blobs.offer(vector_to_bytes(theta)),
             artifact=self.blobs.offer(self._bundle),
             cohort=cohort,

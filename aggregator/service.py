@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -17,7 +17,7 @@ from aggregator.files import make_private_folder, write_atomic
 from aggregator.inbox.inbox import Inbox
 from aggregator.inbox.updates import UpdateInbox
 from aggregator.ledger import database
-from aggregator.ledger.ledger import Ledger
+from aggregator.ledger.ledger import Ledger, LedgerError
 from aggregator.round_keys import RoundKeys
 from aggregator.round_maker import Identity, RoundMaker
 from aggregator.versions import VersionStore
@@ -31,6 +31,7 @@ from edge_runtime.protocol.crypto.keys import SealingPrivateKey, SigningKey, Ver
 from edge_runtime.protocol.crypto.provider import CRYPTO
 from edge_runtime.settings import read_hex_file
 from edge_runtime.transport.base import (
+    Congested,
     Connected,
     Disconnected,
     NotConnected,
@@ -46,6 +47,7 @@ IDLE_WAIT_S = 0.5
 LINGER_S = 2.0  # after the last round: late devices still get their receipts
 LEDGER_FILE = "ledger.sqlite"
 SEED_FILE = "run_seed"
+HOLDER_FILE = "holder"
 
 
 def open_ledger(config: AggregatorConfig, *, read_only: bool = False) -> Ledger:
@@ -155,6 +157,8 @@ class Service:
             message = engine.outgoing[0]
             try:
                 transport.publish(message.topic, message.payload, retain=message.retain)
+            except Congested:
+                return  # the connection stands: what waits is sent when the broker takes it again
             except NotConnected:
                 # Receipts are asked for again by the device; the manifest is announced at the next connect.
                 engine.outgoing.clear()
@@ -172,10 +176,11 @@ class Service:
         config = self.config
         ledger = stack.enter_context(closing(open_ledger(config)))
         ledger.claim(
-            f"{socket.gethostname()}:{config.folder.resolve()}",
+            self._holder(),
             take_over=self.take_over,
             generation=config.generation,
         )
+        stack.callback(_release, ledger)
         inbox = stack.enter_context(closing(Inbox(config.folder / "inbox", durable=ledger.durable_ends())))
         plan = config.round_plan()
         keys = RoundKeys(config.folder / "round-keys", CRYPTO, os.urandom)
@@ -190,7 +195,6 @@ class Service:
         return Engine(
             federation=config.federation_id,
             rules=config.round,
-            plan=plan,
             run_seed=self._run_seed(),
             ledger=ledger,
             updates=UpdateInbox(
@@ -213,6 +217,13 @@ class Service:
             keep_updates=config.keep_updates,
         )
 
+    def _holder(self) -> str:
+        """Names this folder, whatever host it is mounted on: whoever has its lock may claim the ledger again."""
+        path = self.config.folder / HOLDER_FILE
+        if not path.exists():
+            write_atomic(path, os.urandom(16).hex().encode())
+        return f"the folder {path.read_text()}"
+
     def _identity(self) -> Identity:
         config = self.config
         return Identity(
@@ -232,3 +243,9 @@ class Service:
         if not path.exists():
             write_atomic(path, os.urandom(32).hex().encode())
         return read_hex_file(path, 32)
+
+
+def _release(ledger: Ledger) -> None:
+    """Let any holder have the ledger next; after a take-over or with a failing disk there is nothing to give up."""
+    with contextlib.suppress(LedgerError):
+        ledger.release()

@@ -45,6 +45,11 @@ def stopped_by_signal() -> Callable[[], bool]:
     return lambda: bool(caught)
 
 
+def printable(text: str) -> str:
+    """ASCII without control characters: what a stranger sent can neither break nor repaint a terminal."""
+    return "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in text)
+
+
 def json_report(**common: object) -> Report:
     """One JSON object per event and line on stdout; ``common``: fields of all of them."""
 
@@ -61,7 +66,7 @@ def text_report() -> Report:
 
     def report(event: str, **fields: object) -> None:
         words = " ".join(
-            f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+            f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={printable(str(value))}"
             for name, value in fields.items()
             if value is not None
         )

@@ -34,6 +34,7 @@ class RoundRules:
     rounds: versions to make in all; the federation is finished then.
     fleet: wait for this many check-ins before the first round; 0: the cohort's size.
     cohort: how many are selected; more than ``goal`` is over-selection against dropout.
+    share: select at least this share of the free devices, in [0, 1]; goal and minimum grow with the cohort.
     goal: freeze as soon as this many updates are stored. minimum: freeze at the deadline with at least this many.
     patience_s: after this long without a full cohort, open a round with at least ``minimum`` devices; the first
         round waits for its fleet however long it takes.
@@ -45,9 +46,22 @@ class RoundRules:
     goal: int = 4
     minimum: int = 3
     deadline_s: float = 300.0
+    share: float = 0.0
     fleet: int = 0
     patience_s: float = 30.0
     retry_s: float = 1.0
+
+    def size_of(self, available: int) -> int:
+        """How many of ``available`` free devices to select."""
+        return max(self.cohort, math.floor(self.share * available))
+
+    def goal_of(self, selected: int) -> int:
+        """The goal in a round of so many: in proportion above ``cohort``, never more than there are."""
+        return max(min(self.goal, selected), self.goal * selected // self.cohort)
+
+    def minimum_of(self, selected: int) -> int:
+        """The minimum in a round of so many, in proportion above ``cohort``."""
+        return max(self.minimum, self.minimum * selected // self.cohort)
 
     def problem(self) -> str | None:
         """What is wrong with these rules, in words for their author; None if nothing is."""
@@ -55,6 +69,7 @@ class RoundRules:
             (self.rounds >= 1, "rounds must be at least 1"),
             (1 <= self.minimum <= self.goal <= self.cohort, "1 <= minimum <= goal <= cohort must hold"),
             (self.deadline_s > 0 and math.isfinite(self.deadline_s), "deadline_s must be positive"),
+            (0 <= self.share <= 1, "share must be 0..1"),
             (self.fleet >= 0, "fleet must not be negative"),
             (self.patience_s >= 0, "patience_s must not be negative"),
             (self.retry_s > 0, "retry_s must be positive"),
@@ -260,8 +275,9 @@ def step(state: State, rules: RoundRules, run_seed: bytes, now: float, event: Ev
             excluded = {device for device, _ in event.excluded}
             if not excluded <= set(current.accepted):
                 raise LocalProtocolError("an update is excluded that was not accepted")
-            if (left := len(current.accepted) - len(excluded)) < rules.minimum:
-                reason = f"{left} of at least {rules.minimum} updates could be read back"
+            minimum = rules.minimum_of(len(current.cohort))
+            if (left := len(current.accepted) - len(excluded)) < minimum:
+                reason = f"{left} of at least {minimum} updates could be read back"
                 return _abort(event.round_id, rules, now, reason)
             version = current.base_version + 1
             committed = VersionCommitted(
@@ -310,7 +326,7 @@ def _store(state: State, rules: RoundRules, event: UpdateArrived) -> Decision:
         verdict=Verdict.STORED,
         samples=event.samples,
     )
-    if len(state.stored) + 1 < min(rules.goal, len(current.cohort)):
+    if len(state.stored) + 1 < rules.goal_of(len(current.cohort)):
         return Decision((stored,), (receipt,))
     frozen, aggregate = _freeze(current, (*state.stored, event.device))
     return Decision((stored, frozen), (receipt, aggregate))
@@ -338,10 +354,11 @@ def _tick(state: State, rules: RoundRules, run_seed: bytes, now: float) -> Decis
         case None | Phase.PUBLISHED | Phase.ABORTED:
             return _open_next(state, rules, run_seed, now)
         case Phase.COLLECTING if current is not None and now >= current.deadline:
-            if len(state.stored) >= rules.minimum:
+            minimum = rules.minimum_of(len(current.cohort))
+            if len(state.stored) >= minimum:
                 frozen, aggregate = _freeze(current, tuple(state.stored))
                 return Decision((frozen,), (aggregate,))
-            reason = f"{len(state.stored)} of at least {rules.minimum} updates at the deadline"
+            reason = f"{len(state.stored)} of at least {minimum} updates at the deadline"
             return _abort(current.round_id, rules, now, reason)
         case Phase.COLLECTING if current is not None:
             return Decision(wake_at=current.deadline)
@@ -362,7 +379,7 @@ def _open_next(state: State, rules: RoundRules, run_seed: bytes, now: float) -> 
     if len(available) < needed:
         return Decision(wake_at=now + rules.retry_s)
     round_id = RoundId(state.generation, number + 1)
-    cohort = draw_cohort(available, rules.cohort, run_seed, round_id)
+    cohort = draw_cohort(available, rules.size_of(len(available)), run_seed, round_id)
     deadline = now + rules.deadline_s
     return Decision(
         (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from edge_runtime.protocol.kinds import Kind
 from edge_runtime.protocol.messages import Update
 from edge_runtime.protocol.rejects import Reject
 
+REFILLS = 4  # a device may send so many times the bytes of an update in a round before it is refused
 _Key = tuple[RoundId, DeviceId, Digest]
 
 
@@ -39,6 +41,7 @@ class UpdateInbox:
     inbox: Inbox
     max_bytes: int
     _uploads: dict[_Key, _Upload] = field(default_factory=dict)
+    _spent: Counter[tuple[RoundId, DeviceId]] = field(default_factory=Counter)
 
     def restore(self, pieces: Iterator[Piece]) -> None:
         """After a restart: what the ledger's index knows of the open round."""
@@ -47,6 +50,7 @@ class UpdateInbox:
                 (piece.round_id, piece.device, piece.digest), _Upload(piece.count)
             )
             upload.positions[piece.index] = piece.position
+            self._spent[piece.round_id, piece.device] += piece.position.length
 
     def add(self, device: DeviceId, header: Header, body: bytes) -> tuple[Piece | None, bytes | None]:
         """Append one piece: (its index row, None if it was there already; the sealed update once complete).
@@ -56,14 +60,19 @@ class UpdateInbox:
         key = (header.round_id, device, header.payload_digest)
         # The assembler's rules on counts and sizes hold before a byte is written.
         PieceAssembler(header.chunk_count, header.payload_digest, self.max_bytes)
-        upload = self._uploads.setdefault(key, _Upload(header.chunk_count))
+        upload = self._uploads.get(key) or _Upload(header.chunk_count)
         if upload.count != header.chunk_count:
             raise RemoteProtocolError(Reject.CONFLICTING, "the pieces of one update disagree on their number")
+        if any(other[:2] == key[:2] and other != key for other in self._uploads):
+            raise RemoteProtocolError(Reject.CONFLICTING, f"{device} has begun another update for this round")
         held = sum(position.length for position in upload.positions.values())
         row = None
         if header.chunk_index not in upload.positions:
-            if held + len(body) > self.max_bytes:
-                raise RemoteProtocolError(Reject.TOO_LARGE, f"an update above {self.max_bytes} bytes")
+            spent = self._spent[key[:2]]
+            if held + len(body) > self.max_bytes or spent + len(body) > REFILLS * self.max_bytes:
+                raise RemoteProtocolError(Reject.TOO_LARGE, f"{device} sent more than an update can have")
+            self._uploads[key] = upload
+            self._spent[key[:2]] = spent + len(body)
             position = self.inbox.append(header.round_id, body)
             upload.positions[header.chunk_index] = position
             row = Piece(
@@ -79,7 +88,7 @@ class UpdateInbox:
         try:
             return row, self._join(key, upload)
         except RemoteProtocolError:
-            del self._uploads[key]
+            self.forget(*key)
             raise
 
     def forget(self, round_id: RoundId, device: DeviceId, digest: Digest) -> None:
@@ -90,6 +99,8 @@ class UpdateInbox:
         """The round is over."""
         for key in [key for key in self._uploads if key[0] <= round_id]:
             del self._uploads[key]
+        for spender in [spender for spender in self._spent if spender[0] <= round_id]:
+            del self._spent[spender]
 
     def updates(
         self,

@@ -363,3 +363,20 @@ def test_a_round_prepared_out_of_turn_is_our_own_bug() -> None:
     )
     with pytest.raises(LocalProtocolError, match="out of turn"):
         step(shell.state, RULES, RUN_SEED, 1.0, prepared)
+
+
+@pytest.mark.parametrize(
+    ("available", "selected", "goal", "minimum"),
+    [(5, 5, 4, 3), (10, 5, 4, 3), (20, 8, 6, 4), (1000, 400, 320, 240)],
+)
+def test_a_share_of_a_large_fleet_is_selected_and_goal_and_minimum_grow_with_it(
+    available: int, selected: int, goal: int, minimum: int
+) -> None:
+    rules = RoundRules(cohort=5, goal=4, minimum=3, share=0.4)
+    assert rules.size_of(available) == selected
+    assert (rules.goal_of(selected), rules.minimum_of(selected)) == (goal, minimum)
+
+
+def test_a_round_of_fewer_devices_than_a_cohort_asks_for_no_more_than_there_are() -> None:
+    rules = RoundRules(cohort=5, goal=4, minimum=2)
+    assert (rules.goal_of(3), rules.minimum_of(3)) == (3, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,15 @@ import pytest
 
 from aggregator.config import AggregatorConfig, load_aggregator_config
 from aggregator.core.records import RoundAborted, RoundOpened, RoundPublished
-from aggregator.ledger.values import Batch, Piece
-from aggregator.round_maker import ChunksTooSmall
+from aggregator.core.step import PrepareRound
+from aggregator.intake import UpdatePiece
+from aggregator.ledger.values import Batch, Count, Piece
+from aggregator.round_maker import ArtifactChanged, ChunksTooSmall
 from aggregator.service import Service
 from aggregator.setup import initialise
+from aggregator.work import Work
 from edge_runtime.protocol import topics
-from edge_runtime.protocol.envelope import unpack
+from edge_runtime.protocol.envelope import Header, pack, unpack
 from edge_runtime.protocol.ids import DeviceId, FederationId, RoundId, sha256
 from edge_runtime.protocol.kinds import Kind
 from edge_runtime.protocol.manifest import Manifest
@@ -42,10 +46,12 @@ def service(config: AggregatorConfig) -> Iterator[Service]:
         yield running
 
 
-def opened() -> RoundOpened:
-    return RoundOpened(
-        round_id=ONE, base_version=0, cohort=(A,), deadline=1e12, manifest=b"m", manifest_digest=sha256(b"m")
-    )
+def opened(running: Service) -> RoundOpened:
+    """What a round's opening leaves in the journal; its key is on disk then."""
+    engine = running.engine
+    theta = engine.versions.read_parameters(0, engine.versions.initial_digest())
+    effect = PrepareRound(round_id=ONE, base_version=0, cohort=(A,), deadline=4e9)
+    return RoundOpened(**engine.maker.prepare(effect, theta).__dict__)
 
 
 def leave_a_piece(running: Service) -> Piece:
@@ -67,10 +73,9 @@ def test_a_crash_before_an_aborted_round_was_cleaned_up_leaves_no_key_and_no_upd
     config: AggregatorConfig,
 ) -> None:
     with service(config) as running:
-        running.engine.keys.create(ONE)
         piece = leave_a_piece(running)
         aborted = RoundAborted(round_id=ONE, reason="too few", at=1.0)
-        running.engine.ledger.commit(Batch(records=(opened(), aborted), pieces=(piece,)))
+        running.engine.ledger.commit(Batch(records=(opened(running), aborted), pieces=(piece,)))
     with service(config) as running:
         running.engine.start()
         assert running.engine.ledger.durable_ends() == {}
@@ -80,14 +85,14 @@ def test_a_crash_before_an_aborted_round_was_cleaned_up_leaves_no_key_and_no_upd
 
 def test_the_pieces_and_the_key_of_an_open_round_stay(config: AggregatorConfig) -> None:
     with service(config) as running:
-        running.engine.keys.create(ONE)
         piece = leave_a_piece(running)
-        running.engine.ledger.commit(Batch(records=(opened(),), pieces=(piece,)))
+        running.engine.ledger.commit(Batch(records=(opened(running),), pieces=(piece,)))
     with service(config) as running:
         running.engine.start()
         assert running.engine.ledger.durable_ends() == {ONE: piece.position}
         assert running.engine.keys.get(ONE)
-        assert [message.payload for message in running.engine.outgoing] == [b"m"]
+        (manifest,) = announced(running)
+        assert (manifest.state, manifest.round_id) == (FederationState.COLLECTING, ONE)
 
 
 def test_a_federation_without_an_open_round_asks_devices_to_check_in(config: AggregatorConfig) -> None:
@@ -105,8 +110,7 @@ def test_a_raised_generation_aborts_the_open_round_and_says_so_under_the_new_one
     from edge_runtime.protocol.crypto.provider import CRYPTO
 
     with service(config) as running:
-        running.engine.keys.create(ONE)
-        running.engine.ledger.commit(Batch(records=(opened(),)))
+        running.engine.ledger.commit(Batch(records=(opened(running),)))
         identity = running.engine.maker.identity
     root = registrar.open(tmp_path / "agg" / "registrar")
     public = (
@@ -133,3 +137,62 @@ def test_chunks_too_small_for_the_list_of_chunks_are_refused_before_serving(
     monkeypatch.setattr("aggregator.round_maker.index_bytes", lambda size, chunk: chunk + 1)
     with pytest.raises(ChunksTooSmall, match="double"), service(config):
         pass
+
+
+def test_an_open_round_is_counted_by_the_plan_of_its_manifest_whatever_the_settings_say_now(
+    config: AggregatorConfig, tmp_path: Path
+) -> None:
+    with service(config) as running:
+        record = opened(running)
+        running.engine.ledger.commit(Batch(records=(record,)))
+        promised = Manifest.decode(unpack(record.manifest, FEDERATION, Kind.MANIFEST).body).plan
+    changed = dataclasses.replace(
+        config, plan=dataclasses.replace(config.plan, beta=2.0, codecs=("float32",))
+    )
+    with service(changed) as running:
+        running.engine.start()
+        assert running.engine._plan == promised
+        assert promised.beta == 0.0
+
+
+def test_an_open_round_of_another_artifact_is_refused_at_the_start(
+    config: AggregatorConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with service(config) as running:
+        running.engine.ledger.commit(Batch(records=(opened(running),)))
+    with service(config) as running:
+        running.engine.maker._bundle += b"changed"
+        with pytest.raises(ArtifactChanged, match="put that one back"):
+            running.engine.start()
+
+
+def test_a_clean_stop_lets_another_folder_claim_the_ledger(config: AggregatorConfig) -> None:
+    with service(config):
+        pass
+    (config.folder / "holder").write_text("another")
+    with service(config) as running:
+        assert running.engine.state.version == 0
+
+
+def test_an_update_in_many_pieces_that_comes_late_is_answered_and_counted_once(
+    config: AggregatorConfig,
+) -> None:
+    with service(config) as running:
+        record = opened(running)
+        running.engine.ledger.commit(
+            Batch(records=(record, RoundAborted(round_id=ONE, reason="few", at=1.0)))
+        )
+    with service(config) as running:
+        head = Header(
+            kind=Kind.UPDATE,
+            federation=FEDERATION,
+            round_id=ONE,
+            manifest_digest=record.manifest_digest,
+            device=A,
+            payload_digest=sha256(),
+        )
+        work = Work()
+        for piece in pack(head, bytes(20_000), lambda message: bytes(64), 8192):
+            running.engine._reception._update(UpdatePiece(A, unpack(piece, FEDERATION, Kind.UPDATE)), work)
+        assert len(work.outgoing) == 1
+        assert work.counts == {Count.LATE: 1}

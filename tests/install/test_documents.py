@@ -1,0 +1,62 @@
+"""README and docs against the tree: links, commands, options, make targets, the phases in the picture."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from aggregator import cli as aggregator_cli
+from edge_runtime import cli as device_cli
+from edge_runtime.protocol.rounds import Phase
+from model_export import cli as export_cli
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PROGRAMS = {"aggregator": aggregator_cli, "edge-runtime": device_cli, "model-export": export_cli}
+LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"(?<![-\w./])(aggregator|edge-runtime|model-export)((?: +[a-z][a-z-]+)+)([^`\n|;#]*)")
+
+
+def each(paths: list[Path]) -> list[object]:
+    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in paths]
+
+
+@pytest.mark.parametrize("document", each(DOCUMENTS))
+def test_every_relative_link_leads_to_a_file(document: Path) -> None:
+    missing = [
+        link for link in LINK.findall(document.read_text("utf-8")) if not (document.parent / link).exists()
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("document", each(DOCUMENTS))
+def test_every_command_and_option_that_is_shown_exists(document: Path) -> None:
+    code = "\n".join(CODE.findall(document.read_text("utf-8"))).replace("\\\n", " ")
+    for program, words, rest in COMMAND.findall(code):
+        command, path = typer.main.get_command(PROGRAMS[program].app), program
+        for word in words.split():
+            children = getattr(command, "commands", None)
+            if children is None:
+                break
+            assert word in children, f"{path} has no command {word}"
+            command, path = children[word], f"{path} {word}"
+        known = {"--help", *(option for parameter in command.params for option in parameter.opts)}
+        assert set(re.findall(r"(?<!\S)\[?(--?[a-z][a-z-]*)", rest)) <= known, f"{path}: {rest.strip()}"
+
+
+def test_every_make_target_that_is_shown_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    for document in DOCUMENTS:
+        code = "\n".join(CODE.findall(document.read_text("utf-8")))
+        assert set(re.findall(r"\bmake ([a-z-]+)", code)) <= targets, document.name
+
+
+def test_the_picture_of_a_round_shows_every_phase() -> None:
+    picture = (ROOT / "docs" / "images" / "round.svg").read_text("utf-8")
+    assert set(re.findall(r'class="(?:phase|stop)".*?<text[^>]*>(\w+)<', picture)) == {
+        phase.value for phase in Phase
+    }
