@@ -91,7 +91,11 @@ def serve(
         bool, typer.Option("--until-finished", help="Exit when all rounds of the settings are done.")
     ] = False,
     take_over: Annotated[
-        bool, typer.Option("--take-over", help="Fence off an aggregator that is gone for good, or hangs.")
+        bool,
+        typer.Option(
+            "--take-over",
+            help="Fence off an aggregator that is gone for good; if it only hangs, kill it first.",
+        ),
     ] = False,
     log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object per line on stdout.")] = False,
 ) -> None:
@@ -112,6 +116,9 @@ def serve(
 def status(
     config: ConfigFile,
     as_json: Annotated[bool, typer.Option("--json", help="All of it as one JSON document.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the whole ledger and check that it is consistent.")
+    ] = False,
 ) -> None:
     """Versions, rounds, devices and refusals, read from the ledger; works while `serve` runs.
 
@@ -120,7 +127,7 @@ def status(
     from aggregator.config import load_aggregator_config
     from aggregator.status import collect, render
 
-    document = collect(load_aggregator_config(config))
+    document = collect(load_aggregator_config(config), verify=verify)
     if as_json:
         typer.echo(json.dumps(document, indent=1))
     else:

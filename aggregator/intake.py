@@ -19,6 +19,7 @@ from edge_runtime.protocol.kinds import Kind
 from edge_runtime.protocol.messages import CheckIn, Fetch, Telemetry, Update
 from edge_runtime.protocol.rejects import Reject
 
+ROLE = 1  # of certificates: a committee's members check in nowhere
 ACCEPTED = (Kind.CHECKIN, Kind.FETCH, Kind.UPDATE, Kind.TELEMETRY)
 
 
@@ -103,6 +104,11 @@ class Intake:
         certificate = certificates.check_device(
             self.provider, self.root, checkin.certificate, self.federation, device
         )
+        if certificate.role != ROLE:
+            raise RemoteProtocolError(
+                Reject.BAD_CERTIFICATE,
+                f"{device}'s certificate has role {certificate.role}, only {ROLE} takes part in rounds",
+            )
         self.provider.verify(VerifyKey(certificate.signing_key), envelope.signed_bytes(), envelope.signature)
         known = self.lookup(device)
         if known is not None:

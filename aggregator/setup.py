@@ -1,4 +1,8 @@
-"""``aggregator init``: a folder with settings, keys, registrar and certificate, complete or not at all."""
+"""``aggregator init``: a folder with settings, keys, registrar and certificate.
+
+An error leaves nothing behind. A kill leaves a folder without ``aggregator.toml``, which is written last: remove
+the folder and begin again.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +57,8 @@ COMMENTS: dict[str, dict[str, str]] = {
     "round": {
         "rounds": "Versions to make in all.",
         "cohort": "Devices selected for a round; more than goal is over-selection against dropout.",
+        "share": "Select at least this share of the free devices, 0.3 for 30 %; goal and minimum grow with it. "
+        "0: always `cohort`.",
         "goal": "Close the round as soon as so many updates are stored.",
         "minimum": "Close it at the deadline with at least so many; with fewer it is aborted.",
         "deadline_s": "Seconds from the manifest to the cut-off.",

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from aggregator.config import AggregatorConfig
@@ -16,9 +17,10 @@ from edge_runtime.protocol.rounds import Phase
 SHOWN_ROUNDS = 10
 
 
-def collect(config: AggregatorConfig, rounds: int = 1_000_000) -> dict[str, Any]:
-    """JSON-ready: versions, rounds (newest first), devices, refusals, invariant violations (none, one hopes).
+def collect(config: AggregatorConfig, rounds: int = 1_000_000, *, verify: bool = False) -> dict[str, Any]:
+    """JSON-ready: versions, rounds (newest first), devices, refusals.
 
+    ``verify``: read the whole ledger and list its ``invariant_violations``; None if it was not asked for.
     Raises LedgerError.
     """
     ledger = open_ledger(config, read_only=True)
@@ -64,7 +66,7 @@ def collect(config: AggregatorConfig, rounds: int = 1_000_000) -> dict[str, Any]
             "outcomes": {key.value if key else "open": count for key, count in totals.outcomes.items()},
             "refused": {key.name.lower(): count for key, count in totals.rejects.items()},
             "counters": {key.value: count for key, count in totals.counts.items()},
-            "invariant_violations": check_invariants(ledger),
+            "invariant_violations": check_invariants(ledger) if verify else None,
         }
     finally:
         ledger.close()
@@ -113,8 +115,11 @@ def render(document: dict[str, Any], console: Console | None = None) -> None:
         console.print(
             "refused: " + ", ".join(f"{name} {count}" for name, count in document["refused"].items())
         )
-    for violation in document["invariant_violations"]:
-        console.print(f"[red]invariant violated:[/red] {violation}")
+    violations: list[str] | None = document["invariant_violations"]
+    if violations == []:
+        console.print("the ledger is consistent")
+    for violation in violations or ():
+        console.print(f"[red]invariant violated:[/red] {escape(violation)}")
 
 
 def _telemetry(row: Any) -> dict[str, Any] | None:

@@ -34,19 +34,12 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LimitsConfig:
-    """``max_memory_mb`` None: what the machine has."""
+    """``threads``: of the backend while it trains."""
 
     threads: int = 1
-    max_memory_mb: int | None = None
 
     def __post_init__(self) -> None:
         require(1 <= self.threads <= 256, "threads", self.threads, "1 to 256")
-        require(
-            self.max_memory_mb is None or 64 <= self.max_memory_mb <= 1 << 24,
-            "max_memory_mb",
-            self.max_memory_mb,
-            "64 to 16777216",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

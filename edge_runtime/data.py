@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,6 +24,11 @@ from edge_runtime.protocol.errors import FleetgradError
 Array: TypeAlias = npt.NDArray[Any]
 
 DEFAULT_MAX_BYTES = 1 << 30
+# A header is Python's text for a dict: numpy tokenizes it, evaluates its literals and trusts what they hold.
+_BAD_HEADER = (
+    *(ValueError, TypeError, SyntaxError, tokenize.TokenError, LookupError, AttributeError),
+    *(OverflowError, RecursionError, MemoryError),
+)
 _EXACT_IN_FLOAT32 = 1 << 24  # every whole number up to here is a float32
 
 
@@ -251,7 +258,7 @@ def _read_npz(path: Path, names: Sequence[str], max_bytes: int) -> list[Array]:
 
 def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> Array:
     try:
-        with archive.open(info) as file:
+        with archive.open(info) as file, _silenced():
             shape, dtype = _read_header(file)
             if dtype.hasobject or dtype.kind not in "biuf":
                 raise DataError(f"{name} is of type {dtype}; numbers are needed (objects are never loaded)")
@@ -259,21 +266,33 @@ def _read_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> A
                 raise DataError(
                     f"{name}: its header announces {_shape(shape)} of {dtype}, which is not its size"
                 )
-        with archive.open(info) as file:
+        with archive.open(info) as file, _silenced():
             return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise DataError(f"{name}: not an array as numpy.save writes it: {error}") from error
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    elif version == (2, 0):
-        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-    else:
-        raise ValueError(f"format version {version}")
+    """Raises ValueError for everything that numpy's parser raises about bytes that are no header."""
+    try:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        elif version == (2, 0):
+            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+        else:
+            raise ValueError(f"format version {version}")
+    except _BAD_HEADER as error:
+        raise ValueError(str(error) or type(error).__name__) from error
     return shape, dtype
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Numpy warns of headers by Python 2, Python of odd literals: neither says anything about the data."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _call(source: PythonFunction) -> tuple[list[Array], Array]:

@@ -61,8 +61,9 @@ class _Run:
     manifest: Manifest
     base: Vector
     codec: str
-    steps: Generator[Step, None, TrainingResult | None]
     started_at: float
+    steps: Generator[Step, None, TrainingResult | None] = field(init=False)
+    stopped: str | None = None  # why
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Runtime:
     _run: _Run | None = field(default=None, init=False)
     _model: _Model | None = field(default=None, init=False)
     _max_packet_bytes: int | None = field(default=None, init=False)
+    _should_stop: Callable[[], bool] = field(default=lambda: False, init=False)
 
     def __post_init__(self) -> None:
         enrolment = self.store.enrolment
@@ -124,10 +126,12 @@ class Runtime:
     def run(
         self, *, should_stop: Callable[[], bool], until_finished: bool = False, open_timeout_s: float = 30.0
     ) -> None:
-        """Until ``should_stop``, or until the federation is finished and nothing waits for a receipt.
+        """Until ``should_stop``, or until the federation is finished.
 
+        should_stop: asked before each training step and each piece of an upload too; once True, for ever.
         Raises BrokerUnreachable, PayloadTooLarge, DataError, BackendError: each says what to do.
         """
+        self._should_stop = should_stop
         for pattern in standing_subscriptions(self.identity):
             self.transport.subscribe(pattern)
         self.transport.open(open_timeout_s)
@@ -181,11 +185,7 @@ class Runtime:
 
     def _finished(self) -> bool:
         manifest = self._session.manifest
-        return (
-            manifest is not None
-            and manifest.state is FederationState.FINISHED
-            and self._session.pending is None
-        )
+        return manifest is not None and manifest.state is FederationState.FINISHED
 
     # ---- effects ------------------------------------------------------------------------------------
 
@@ -197,6 +197,8 @@ class Runtime:
                 self.transport.unsubscribe(effect.pattern)
             case sv.Send():
                 self._publish(effect.topic, effect.payload)
+            case sv.SendUpdate():
+                self._send_update(effect)
             case sv.Remember():
                 self.store.advance_round(effect.round_id)
             case sv.Journal():
@@ -212,7 +214,7 @@ class Runtime:
                     reject=effect.reject.name.lower() if effect.reject else None,
                 )
             case sv.KeepArtifact():
-                self.store.blobs.put(effect.digest, effect.content)
+                self._session.artifacts -= self.store.blobs.put(effect.digest, effect.content)
             case sv.Train():
                 self._start_training(effect)
             case sv.StopTraining():
@@ -222,11 +224,21 @@ class Runtime:
             case sv.FederationFinished():
                 self.report("finished", version=effect.manifest.base_version)
 
-    def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+    def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
         try:
             self.transport.publish(topic, payload, retain=retain)
-        except NotConnected:
-            _log.debug("not connected: %s waits for the next resend", topic)
+        except NotConnected as error:
+            _log.debug("%s waits for the next resend: %s", topic, error)
+            return False
+        return True
+
+    def _send_update(self, effect: sv.SendUpdate) -> None:
+        """Until the first piece that cannot be sent: each further one would wait in vain, up to 30 s."""
+        started_at = self.clock()
+        for message in effect.messages:
+            if self._should_stop() or not self._publish(message.topic, message.payload):
+                break
+        self._handle(sv.UpdateSent(effect.round_id, self.clock() - started_at))
 
     def _say_presence(self, word: bytes) -> None:
         self._publish(topics.presence(self.identity.federation, self.identity.device), word, retain=True)
@@ -237,6 +249,10 @@ class Runtime:
         manifest = effect.manifest
         try:
             model = self._load(effect.artifact)
+            if model is None:
+                self.report("artifact_lost", round=manifest.round_id.number)
+                self._handle(sv.ArtifactLost(effect))
+                return
             codec = next(name for name in manifest.plan.codecs if name in codecs.available())
             theta = vector_from_bytes(manifest.parameter_count, effect.model)
             if model.parameter_count != manifest.parameter_count:
@@ -248,27 +264,26 @@ class Runtime:
             self._sit_out(manifest, f"no codec of {', '.join(manifest.plan.codecs)} can be used here")
             return
         except (RemoteProtocolError, TensorError) as error:
-            self._session.artifacts.discard(effect.artifact)
             self._sit_out(manifest, str(error))
             return
-        steps = train(
+        run = self._run = _Run(manifest, theta, codec, self.clock())
+        run.steps = train(
             model.session,
             model.dataset,
             manifest.plan,
             theta,
             seed=batch_seed(self.seed, manifest.round_id, self.identity.device),
+            should_stop=lambda: run.stopped is not None or self._should_stop(),
         )
-        self._run = _Run(manifest, theta, codec, steps, self.clock())
         self.report("training_started", round=manifest.round_id.number, samples=model.dataset.samples)
 
-    def _load(self, digest: Digest) -> _Model:
+    def _load(self, digest: Digest) -> _Model | None:
+        """None: the cache has it no longer."""
         if self._model is not None and self._model.artifact == digest:
             return self._model
         content = self.store.blobs.get(digest)
         if content is None:
-            raise RemoteProtocolError(
-                Reject.BAD_DIGEST, "the cached artifact was damaged; it is fetched again"
-            )
+            return None
         artifact: Artifact = from_bundle(content)
         data = self.config.data
         dataset = load_dataset(
@@ -288,13 +303,18 @@ class Runtime:
             return
         until = self.clock() + STEPS_BETWEEN_POLLS_S
         try:
-            while self.clock() < until:
+            while True:
                 step = next(run.steps)
                 _log.debug("step %d of %d: loss %.4f", step.index, step.total, step.loss)
+                if self.clock() >= until:
+                    return
         except StopIteration as end:
             self._run = None
             if end.value is not None:
                 self._finish_training(run, end.value)
+            else:
+                reason = run.stopped or "the runtime stops"
+                self.report("training_stopped", round=run.manifest.round_id.number, reason=reason)
         except TrainingDiverged as error:
             self._run = None
             self._sit_out(run.manifest, str(error))
@@ -341,9 +361,8 @@ class Runtime:
 
     def _stop_training(self, reason: str) -> None:
         if self._run is not None:
-            self._run.steps.close()
-            self.report("training_stopped", round=self._run.manifest.round_id.number, reason=reason)
-            self._run = None
+            self._run.stopped = reason
+            self._train_a_while()  # asks whether it should stop before anything else
 
     def _capability(self) -> sv.Capability:
         return sv.Capability(

@@ -6,9 +6,11 @@ before the effects behind them run: a device killed anywhere sends identical byt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from edge_runtime import session_values as sv
 from edge_runtime.blob_fetch import BlobFetch
 from edge_runtime.protocol import certificates, topics
 from edge_runtime.protocol.crypto.keys import SealingPublicKey, VerifyKey
@@ -22,31 +24,8 @@ from edge_runtime.protocol.manifest import BlobRef, Cohort, Manifest
 from edge_runtime.protocol.messages import CheckIn, Chunk, Receipt
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.rounds import FederationState
-from edge_runtime.session_values import (
-    Capability,
-    Connected,
-    Disconnected,
-    Effect,
-    Event,
-    FederationFinished,
-    Identity,
-    Journal,
-    KeepArtifact,
-    Received,
-    Refused,
-    Remember,
-    Send,
-    Settle,
-    StopTraining,
-    Subscribe,
-    Tick,
-    Train,
-    Trained,
-    TrainingFailed,
-    Unsubscribe,
-    Work,
-)
 from edge_runtime.store.outbox import Message, OutboxEntry
+from edge_runtime.transport.base import full_jitter_s
 
 RESEND_BASE_S = 2.0
 RESEND_CAP_S = 60.0
@@ -60,9 +39,9 @@ class Session:
     ``pending`` and ``settled`` come from the journal after a restart; ``artifacts``: digests in the cache.
     """
 
-    identity: Identity
+    identity: sv.Identity
     provider: CryptoProvider
-    capability: Callable[[], Capability]
+    capability: Callable[[], sv.Capability]
     next_sequence: Callable[[], int]
     entropy: Callable[[int], bytes]
     highest_round: RoundId = field(default_factory=lambda: RoundId(0, 0))
@@ -71,47 +50,55 @@ class Session:
     artifacts: set[Digest] = field(default_factory=set)
 
     online: bool = field(default=False, init=False)
-    work: Work = field(default=Work.IDLE, init=False)
+    work: sv.Work = field(default=sv.Work.IDLE, init=False)
     manifest: Manifest | None = field(default=None, init=False)
     resends: int = field(default=0, init=False)
     _manifest_digest: Digest | None = field(default=None, init=False)
     _certificate: AggregatorCertificate | None = field(default=None, init=False)
     _fetches: dict[Digest, BlobFetch] = field(default_factory=dict, init=False)
     _blobs: dict[Digest, bytes] = field(default_factory=dict, init=False)
-    _send_at: float = field(default=0.0, init=False)
+    _send_at: float = field(default=0.0, init=False)  # infinite while a sending runs
     _sent: int = field(default=0, init=False)
     _checkin_at: float = field(default=0.0, init=False)
+    _artifact_lost_in: Digest | None = field(
+        default=None, init=False
+    )  # manifest in which one was fetched anew
 
     # ---- the one entrance ---------------------------------------------------------------------------
 
-    def handle(self, now: float, event: Event) -> list[Effect]:
+    def handle(self, now: float, event: sv.Event) -> list[sv.Effect]:
         """Effects in order. Raises LocalProtocolError for an event that our own shell must not send now."""
-        effects: list[Effect] = []
+        effects: list[sv.Effect] = []
         match event:
-            case Connected():
+            case sv.Connected():
                 self.online = True
                 # What the broker may have lost with the connection is said again, soon but not all at once.
-                self._send_at = now + (0.0 if self._sent == 0 else self._jitter(RESEND_BASE_S))
+                self._send_at = now + (0.0 if self._sent == 0 else RESEND_BASE_S * self._random())
                 for fetch in self._fetches.values():
                     fetch.next_ask_at = now
                 if not event.session_present:
                     self._checkin_at = now
-            case Disconnected():
+            case sv.Disconnected():
                 self.online = False
-            case Received():
+            case sv.Received():
                 try:
                     self._receive(now, event, effects)
                 except RemoteProtocolError as error:
-                    effects.append(Refused(error.reject, error.detail))
-            case Trained():
+                    effects.append(sv.Refused(error.reject, error.detail))
+            case sv.Trained():
                 try:
                     self._trained(now, event, effects)
                 except RemoteProtocolError as error:  # the manifest's key cannot be sealed to
-                    effects.append(Refused(error.reject, error.detail))
+                    effects.append(sv.Refused(error.reject, error.detail))
                     self._sit_out(now, event.round_id, effects)
-            case TrainingFailed():
+            case sv.TrainingFailed():
                 self._sit_out(now, event.round_id, effects)
-            case Tick():
+            case sv.UpdateSent():
+                if self.pending is not None and self.pending.round_id == event.round_id:
+                    self._send_at = now + self._resend_pause_s(event.upload_s)
+            case sv.ArtifactLost():
+                self._fetch_artifact_again(now, event.train, effects)
+            case sv.Tick():
                 pass
         self._due(now, effects)
         return effects
@@ -129,22 +116,25 @@ class Session:
 
     # ---- what is due --------------------------------------------------------------------------------
 
-    def _due(self, now: float, effects: list[Effect]) -> None:
+    def _due(self, now: float, effects: list[sv.Effect]) -> None:
         if not self.online:
             return
         if self.pending and now >= self._send_at:
             self._sent += 1
             self.resends += self._sent > 1
-            self._send_at = now + RESEND_BASE_S / 2 + self._jitter(RESEND_BASE_S * 2 ** min(self._sent, 5))
-            effects += [Send(topic, payload) for topic, payload in self.pending.messages]
+            self._send_at = math.inf
+            # From another piece each time: a link that never lives for a whole sending still brings every piece.
+            messages = self.pending.messages
+            first = int(self._random() * len(messages))
+            effects.append(sv.SendUpdate(self.pending.round_id, messages[first:] + messages[:first]))
         if not self.pending and self._may_check_in() and now >= self._checkin_at:
             try:
                 self._check_in(now, effects)
             except RemoteProtocolError as error:  # the aggregator's key cannot be sealed to
-                effects.append(Refused(error.reject, error.detail))
+                effects.append(sv.Refused(error.reject, error.detail))
         for fetch in self._fetches.values():
             if now >= fetch.next_ask_at:
-                fetch.next_ask_at = now + FETCH_RETRY_S + self._jitter(FETCH_RETRY_S)
+                fetch.next_ask_at = now + FETCH_RETRY_S * (1 + self._random())
                 effects.append(self._message(Kind.FETCH, fetch.ask().encode()))
 
     def _may_check_in(self) -> bool:
@@ -153,21 +143,23 @@ class Session:
             return False
         # Before it knows the cohort, too: the aggregator serves no blob to a device that has never checked in.
         unsure = manifest.cohort is not None and manifest.cohort.digest in self._fetches
-        return self.work is Work.IDLE or unsure
+        return self.work is sv.Work.IDLE or unsure
 
-    def _check_in(self, now: float, effects: list[Effect]) -> None:
+    def _check_in(self, now: float, effects: list[sv.Effect]) -> None:
         capability = self.capability()
         body = CheckIn(certificate=self.identity.certificate, **capability.__dict__)
-        self._checkin_at = now + capability.ttl_s * 0.4 + self._jitter(capability.ttl_s * 0.2)
+        self._checkin_at = now + capability.ttl_s * (0.4 + 0.2 * self._random())
         effects.append(self._sealed_to_aggregator(Kind.CHECKIN, body.encode()))
 
-    def _jitter(self, cap_s: float) -> float:
-        """Full jitter: uniform in [0, cap), the cap bounded (Brooker, Exponential Backoff And Jitter, 2015)."""
-        return min(cap_s, RESEND_CAP_S) * int.from_bytes(self.entropy(4), "little") / 2**32
+    def _resend_pause_s(self, upload_s: float) -> float:
+        """Full jitter under the bound of this attempt or, on a slow link, under the time the upload took."""
+        draw = self._random()
+        backoff_s = full_jitter_s(self._sent, lambda: draw, base_s=RESEND_BASE_S, cap_s=RESEND_CAP_S)
+        return RESEND_BASE_S / 2 + max(backoff_s, draw * upload_s)
 
     # ---- what arrives -------------------------------------------------------------------------------
 
-    def _receive(self, now: float, event: Received, effects: list[Effect]) -> None:
+    def _receive(self, now: float, event: sv.Received, effects: list[sv.Effect]) -> None:
         if event.topic == topics.manifest(self.identity.federation):
             self._take_manifest(now, event.payload, effects)
             return
@@ -178,15 +170,15 @@ class Session:
             chunk = Chunk.decode(envelope.body)
             fetch = self._fetches.get(chunk.digest)
             if fetch is not None and fetch.take(chunk):
-                pause = 0.0 if fetch.batch_done() else FETCH_RETRY_S + self._jitter(FETCH_RETRY_S)
+                pause = 0.0 if fetch.batch_done() else FETCH_RETRY_S * (1 + self._random())
                 fetch.next_ask_at = now + pause
                 if (content := fetch.content()) is not None:
                     del self._fetches[fetch.digest]
-                    effects.append(Unsubscribe(topics.all_pieces(self.identity.federation, fetch.digest)))
+                    effects.append(sv.Unsubscribe(topics.all_pieces(self.identity.federation, fetch.digest)))
                     self._blobs[fetch.digest] = content
                     self._advance(now, effects)
 
-    def _take_manifest(self, now: float, payload: bytes, effects: list[Effect]) -> None:
+    def _take_manifest(self, now: float, payload: bytes, effects: list[sv.Effect]) -> None:
         identity = self.identity
         envelope = unpack(payload, identity.federation, Kind.MANIFEST)
         manifest = Manifest.decode(envelope.body)
@@ -207,37 +199,40 @@ class Session:
             self._checkin_at = now  # a round was missed, and it may have used up the last ticket
         if manifest.round_id > self.highest_round:
             self.highest_round = manifest.round_id
-            effects.append(Remember(manifest.round_id))
-        if self.work is not Work.IDLE:
+            effects.append(sv.Remember(manifest.round_id))
+        if self.work is not sv.Work.IDLE:
             self._checkin_at = now  # the last ticket may have been used up by the round that is over
         self._drop_work("the round is over", effects)
-        if self.pending is not None and self.pending.round_id.generation < manifest.round_id.generation:
-            # The aggregator was restored from a backup: nobody will ever answer this update.
-            effects.append(Settle(self.pending.round_id, None))
-            self.pending = None
+        finished = manifest.state is FederationState.FINISHED
+        if (pending := self.pending) and (
+            finished or pending.round_id.generation < manifest.round_id.generation
+        ):
+            # There will be no other version; or the aggregator was restored from a backup. Nobody need answer.
+            effects.append(sv.Settle(pending.round_id, None))
+            self.pending, self.settled = None, pending.round_id
         self.manifest, self._manifest_digest, self._certificate = manifest, digest, certificate
         match manifest.state:
             case FederationState.FINISHED:
-                effects.append(FederationFinished(manifest))
+                effects.append(sv.FederationFinished(manifest))
             case FederationState.WAITING:
                 self._checkin_at = min(self._checkin_at, now)
             case FederationState.COLLECTING:
                 self._begin(now, effects)
 
-    def _begin(self, now: float, effects: list[Effect]) -> None:
+    def _begin(self, now: float, effects: list[sv.Effect]) -> None:
         """Take up the open round, unless it is settled here or an update still waits for its receipt."""
         manifest = self.manifest
         if manifest is None or manifest.state is not FederationState.COLLECTING:
             return
-        if self.work is Work.IDLE and self.pending is None and manifest.round_id > self.settled:
-            self.work = Work.FETCHING
+        if self.work is sv.Work.IDLE and self.pending is None and manifest.round_id > self.settled:
+            self.work = sv.Work.FETCHING
             self._want(manifest.cohort, now, effects)
             self._advance(now, effects)
 
-    def _advance(self, now: float, effects: list[Effect]) -> None:
+    def _advance(self, now: float, effects: list[sv.Effect]) -> None:
         """Go on once blobs have arrived: cohort first, then artifact and model, then train."""
         manifest = self.manifest
-        if self.work is not Work.FETCHING or manifest is None or manifest.cohort is None:
+        if self.work is not sv.Work.FETCHING or manifest is None or manifest.cohort is None:
             return
         raw = self._blobs.get(manifest.cohort.digest)
         if raw is None:
@@ -258,34 +253,48 @@ class Session:
         if any(ref.digest not in self._blobs for ref in wanted):
             return
         if manifest.artifact.digest not in self.artifacts:
-            effects.append(KeepArtifact(manifest.artifact.digest, self._blobs[manifest.artifact.digest]))
+            effects.append(sv.KeepArtifact(manifest.artifact.digest, self._blobs[manifest.artifact.digest]))
             self.artifacts.add(manifest.artifact.digest)
         model = self._blobs[manifest.model.digest]
-        self._blobs.clear()
-        self.work = Work.TRAINING
-        effects.append(Train(manifest, manifest.artifact.digest, model))
+        self._blobs = {
+            manifest.cohort.digest: raw
+        }  # if the artifact turns out to be lost, we are still in it
+        self.work = sv.Work.TRAINING
+        effects.append(sv.Train(manifest, manifest.artifact.digest, model))
 
-    def _want(self, ref: BlobRef | None, now: float, effects: list[Effect]) -> None:
+    def _fetch_artifact_again(self, now: float, train: sv.Train, effects: list[sv.Effect]) -> None:
+        self.artifacts.discard(train.artifact)
+        if self.work is not sv.Work.TRAINING or self.manifest != train.manifest:
+            return
+        if self._artifact_lost_in == self._manifest_digest:  # a disk that loses what was just written
+            self._sit_out(now, train.manifest.round_id, effects)
+            return
+        self._artifact_lost_in = self._manifest_digest
+        self.work = sv.Work.FETCHING
+        self._blobs[train.manifest.model.digest] = train.model
+        self._advance(now, effects)
+
+    def _want(self, ref: BlobRef | None, now: float, effects: list[sv.Effect]) -> None:
         if ref is None or ref.digest in self._blobs or ref.digest in self._fetches:
             return
         self._fetches[ref.digest] = BlobFetch(ref, next_ask_at=now)
-        effects.append(Subscribe(topics.all_pieces(self.identity.federation, ref.digest)))
+        effects.append(sv.Subscribe(topics.all_pieces(self.identity.federation, ref.digest)))
 
-    def _drop_work(self, reason: str, effects: list[Effect]) -> None:
-        if self.work is Work.TRAINING:
-            effects.append(StopTraining(reason))
+    def _drop_work(self, reason: str, effects: list[sv.Effect]) -> None:
+        if self.work is sv.Work.TRAINING:
+            effects.append(sv.StopTraining(reason))
         effects += [
-            Unsubscribe(topics.all_pieces(self.identity.federation, digest)) for digest in self._fetches
+            sv.Unsubscribe(topics.all_pieces(self.identity.federation, digest)) for digest in self._fetches
         ]
         self._fetches.clear()
         self._blobs.clear()
-        self.work = Work.IDLE
+        self.work = sv.Work.IDLE
 
     # ---- updates and receipts -----------------------------------------------------------------------
 
-    def _trained(self, now: float, event: Trained, effects: list[Effect]) -> None:
+    def _trained(self, now: float, event: sv.Trained, effects: list[sv.Effect]) -> None:
         manifest = self.manifest
-        if self.work is not Work.TRAINING or manifest is None or manifest.round_id != event.round_id:
+        if self.work is not sv.Work.TRAINING or manifest is None or manifest.round_id != event.round_id:
             return  # the round was over before the training stopped
         if self.pending is not None or self._manifest_digest is None:
             raise LocalProtocolError(f"a second update for {event.round_id} while one is pending")
@@ -313,20 +322,20 @@ class Session:
             update_digest=sha256(sealed),
             messages=tuple(Message(topic, raw) for raw in pieces),
         )
-        self.work = Work.IDLE
+        self.work = sv.Work.IDLE
         self._sent, self._send_at = 0, now
-        effects.append(Journal(self.pending))
+        effects.append(sv.Journal(self.pending))
         if event.telemetry is not None and self.online:
             effects.append(self._sealed_to_aggregator(Kind.TELEMETRY, event.telemetry.encode()))
 
-    def _sit_out(self, now: float, round_id: RoundId, effects: list[Effect]) -> None:
-        if self.work is Work.TRAINING and self._current_round() == round_id:
-            self.work = Work.IDLE
+    def _sit_out(self, now: float, round_id: RoundId, effects: list[sv.Effect]) -> None:
+        if self.work is sv.Work.TRAINING and self._current_round() == round_id:
+            self.work = sv.Work.IDLE
             self.settled = round_id
             self._checkin_at = now
-            effects.append(Settle(round_id, None))
+            effects.append(sv.Settle(round_id, None))
 
-    def _take_receipt(self, now: float, payload: bytes, effects: list[Effect]) -> None:
+    def _take_receipt(self, now: float, payload: bytes, effects: list[sv.Effect]) -> None:
         envelope = unpack(payload, self.identity.federation, Kind.RECEIPT)
         if self._certificate is None or self.pending is None:
             return  # the update will be sent again, and answered again
@@ -345,10 +354,14 @@ class Session:
         self.pending = None
         self.settled = pending.round_id
         self._checkin_at = now
-        effects.append(Settle(pending.round_id, receipt.verdict, receipt.reject))
+        effects.append(sv.Settle(pending.round_id, receipt.verdict, receipt.reject))
         self._begin(now, effects)  # the next round may have opened, with us in it, while the receipt was lost
 
     # ---- small helpers ------------------------------------------------------------------------------
+
+    def _random(self) -> float:
+        """Uniform in [0, 1)."""
+        return int.from_bytes(self.entropy(4), "little") / 2**32
 
     def _current_round(self) -> RoundId | None:
         return self.manifest.round_id if self.manifest else None
@@ -366,11 +379,11 @@ class Session:
             payload_digest=sha256(),
         )
 
-    def _message(self, kind: Kind, payload: bytes, header: Header | None = None) -> Send:
+    def _message(self, kind: Kind, payload: bytes, header: Header | None = None) -> sv.Send:
         (raw,) = pack(header or self._header(kind), payload, self._sign)
-        return Send(topics.up_topic(kind, self.identity.federation, self.identity.device), raw)
+        return sv.Send(topics.up_topic(kind, self.identity.federation, self.identity.device), raw)
 
-    def _sealed_to_aggregator(self, kind: Kind, plain: bytes) -> Send:
+    def _sealed_to_aggregator(self, kind: Kind, plain: bytes) -> sv.Send:
         if self._certificate is None:
             raise LocalProtocolError("nothing can be sealed before a manifest has named the aggregator's key")
         header = self._header(kind)
@@ -379,6 +392,6 @@ class Session:
         return self._message(kind, sealed, header)
 
 
-def standing_subscriptions(identity: Identity) -> tuple[str, ...]:
+def standing_subscriptions(identity: sv.Identity) -> tuple[str, ...]:
     """What the shell subscribes to once, before it connects; a transport asks again at every connect."""
     return (topics.manifest(identity.federation), topics.down(identity.federation, identity.device))

@@ -11,7 +11,7 @@ from edge_runtime.protocol.manifest import Manifest
 from edge_runtime.protocol.messages import Telemetry, Update
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.rounds import Verdict
-from edge_runtime.store.outbox import OutboxEntry
+from edge_runtime.store.outbox import Message, OutboxEntry
 
 # ---- events -----------------------------------------------------------------------------------------
 
@@ -50,11 +50,26 @@ class TrainingFailed:
 
 
 @dataclass(frozen=True)
+class UpdateSent:
+    """A ``SendUpdate`` was run, wholly or until the connection failed; ``upload_s``: how long that took."""
+
+    round_id: RoundId
+    upload_s: float
+
+
+@dataclass(frozen=True)
+class ArtifactLost:
+    """The artifact of this ``Train`` is no longer in the cache; nothing was trained."""
+
+    train: Train
+
+
+@dataclass(frozen=True)
 class Tick:
     pass
 
 
-Event = Connected | Disconnected | Received | Trained | TrainingFailed | Tick
+Event = Connected | Disconnected | Received | Trained | TrainingFailed | UpdateSent | ArtifactLost | Tick
 
 # ---- effects ----------------------------------------------------------------------------------------
 
@@ -76,6 +91,17 @@ class Send:
 
 
 @dataclass(frozen=True)
+class SendUpdate:
+    """All messages of an update, in this order; after one that cannot be sent, the others need not be tried.
+
+    Answer with ``UpdateSent``: until then the update is not sent again.
+    """
+
+    round_id: RoundId
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
 class Remember:
     """Durably: this is the highest round seen."""
 
@@ -93,7 +119,7 @@ class Journal:
 class Settle:
     """Durably: this round is over for us; its journal entry can go and it is never trained again.
 
-    ``verdict``: what the receipt said; None: no update came of the training.
+    ``verdict``: what the receipt said; None: no update came of the training, or no receipt matters any more.
     """
 
     round_id: RoundId
@@ -140,6 +166,7 @@ Effect = (
     Subscribe
     | Unsubscribe
     | Send
+    | SendUpdate
     | Remember
     | Journal
     | Settle

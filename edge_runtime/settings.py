@@ -148,6 +148,24 @@ def read_hex_file(path: Path, size: int | None = None) -> bytes:
     return bytes.fromhex(content.decode("ascii"))
 
 
+def read_key_file(path: Path, size: int = 32) -> bytes:
+    """A file of hex digits that must stay secret. Raises ConfigError, also if other users may read or change it."""
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError:
+        mode = 0  # read_hex_file tells why
+    if mode & 0o077:
+        raise ConfigError(
+            path,
+            Problem(
+                "",
+                f"other users can read it (mode {mode:04o})",
+                f"`chmod 600 {path}`, and think about whether the key is still secret",
+            ),
+        )
+    return read_hex_file(path, size)
+
+
 # ---- types ------------------------------------------------------------------------------------------
 
 

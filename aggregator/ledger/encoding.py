@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import cattrs
@@ -35,13 +34,13 @@ KINDS: dict[str, type[Any]] = {
     "round-published": RoundPublished,
     "round-aborted": RoundAborted,
 }
-_NAMES = {kind: name for name, kind in KINDS.items()}
+KIND_NAMES = {kind: name for name, kind in KINDS.items()}
 _REJECTS = {reject.code: reject for reject in Reject}
 
 
 def kind_of(record: Record) -> str:
     """The record's name in the journal."""
-    return _NAMES[type(record)]
+    return KIND_NAMES[type(record)]
 
 
 def encode_record(record: Record) -> str:
@@ -65,16 +64,6 @@ def decode_telemetry(text: str) -> Telemetry:
     """Raises LedgerError."""
     report: Telemetry = _load("telemetry", text, Telemetry)
     return report
-
-
-def encode_metrics(metrics: Mapping[str, float]) -> str:
-    return _dump(dict(metrics))
-
-
-def decode_metrics(text: str | None) -> dict[str, float]:
-    """No text is no metrics. Raises LedgerError."""
-    metrics: dict[str, float] = _load("metrics", text, dict[str, float]) if text else {}
-    return metrics
 
 
 def encode_names(names: tuple[str, ...]) -> str:

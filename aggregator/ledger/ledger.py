@@ -111,7 +111,7 @@ class Ledger:
     def commit(self, batch: Batch) -> None:
         """All of the batch is durable when this returns, or none of it if it raises.
 
-        Outcomes follow in the same transaction: of VersionCommitted, accepted updates are aggregated in it or
+        Outcomes follow in the same transaction: of VersionCommitted, the stored updates are aggregated in it or
         excluded; of RoundAborted, all stored ones are aborted.
         Raises FencedError if another aggregator has claimed the ledger since, LocalProtocolError for a batch
         that contradicts the ledger or without a claim, LedgerError if the database fails.
@@ -140,12 +140,13 @@ class Ledger:
     # ---- reading ------------------------------------------------------------------------------------
 
     def load_state(self) -> State:
-        """The state after the last commit: what a fold over the whole journal gives."""
+        """The state after the last commit: what a fold over all records ever committed gives."""
         with self._reading() as connection:
             return recovery.load_state(connection)
 
     def journal(self) -> Iterator[Record]:
-        """All records, in the order of their commits, as of the first ``next``."""
+        """The records in the order of their commits, as of the first ``next``: all of rounds, and the check-ins
+        since the last one opened; earlier check-ins are pruned, the tickets they left are in ``load_state``."""
         with self._reading() as connection:
             yield from recovery.read_journal(connection)
 
@@ -172,6 +173,11 @@ class Ledger:
         """From 1 up; version 0 is the artifact's."""
         with self._reading() as connection:
             return queries.versions(connection)
+
+    def version(self, number: int) -> VersionRow | None:
+        """The version of this number; None if there is none, and for 0, which is the artifact's."""
+        with self._reading() as connection:
+            return next(iter(queries.versions(connection, number)), None)
 
     def rounds(self, limit: int) -> list[RoundRow]:
         """The last ``limit``, newest first."""

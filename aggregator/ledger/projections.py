@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import Connection, Table, and_, bindparam, case, delete, func, insert, not_, select, update
+from sqlalchemy import Connection, Table, and_, bindparam, case, delete, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from aggregator.core.records import (
@@ -30,7 +30,7 @@ from edge_runtime.protocol.messages import Telemetry
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.rounds import MOVES, Outcome, Phase
 
-NOT_ACCEPTED = "not_accepted"
+PRUNED = "journal-pruned"  # the counter of records that left the journal
 _MAX_SECONDS = 1e15
 
 # Two dialects, one API; sqlite's type stands for both.
@@ -121,6 +121,17 @@ def _round_opened(connection: Connection, now: float, seq: int, run: Sequence[Ro
                 .values(available=False),
                 [{"of": device} for device in record.cohort],
             )
+        _prune_check_ins(connection, at)
+
+
+def _prune_check_ins(connection: Connection, opened_seq: int) -> None:
+    """Recovery reads from the last opening on and takes tickets from ``checkins``: older check-ins can go."""
+    journal, opened = tables.journal.c, tables.rounds.c.opened_seq
+    # The opening before this one has pruned what came before it.
+    pruned_to = connection.scalar(select(func.max(opened)).where(opened < opened_seq)) or 0
+    check_in = journal.kind == encoding.KIND_NAMES[CheckedIn]
+    old = delete(tables.journal).where(journal.seq > pruned_to, journal.seq < opened_seq, check_in)
+    _add_counts(connection, {PRUNED: connection.execute(old).rowcount})
 
 
 def _update_stored(connection: Connection, _now: float, _seq: int, run: Sequence[UpdateStored]) -> None:
@@ -136,7 +147,6 @@ def _update_stored(connection: Connection, _now: float, _seq: int, run: Sequence
                 "device": record.device,
                 "digest": record.digest,
                 "samples": record.samples,
-                "accepted": False,
             }
             for record in run
         ],
@@ -147,18 +157,9 @@ def _round_frozen(connection: Connection, _now: float, _seq: int, run: Sequence[
     updates = tables.updates
     for record in run:
         _move(connection, record.round_id, Phase.FROZEN, accepted=len(record.accepted))
-        if record.accepted:
-            connection.execute(
-                update(updates)
-                .where(_is(updates, record.round_id), updates.c.device == bindparam("of"))
-                .values(accepted=True),
-                [{"of": device} for device in record.accepted],
-            )
-        stored = connection.scalar(
-            select(func.count()).select_from(updates).where(_is(updates, record.round_id), updates.c.accepted)
-        )
-        if stored != len(record.accepted):
-            raise LocalProtocolError(f"round {record.round_id} accepts updates that are not stored")
+        stored = connection.scalars(select(updates.c.device).where(_is(updates, record.round_id)))
+        if sorted(stored) != sorted(record.accepted):
+            raise LocalProtocolError(f"round {record.round_id} accepts other updates than are stored")
 
 
 def _version_committed(
@@ -180,7 +181,6 @@ def _version_committed(
                 .where(
                     _is(updates, record.round_id),
                     updates.c.device == device,
-                    updates.c.accepted,
                     updates.c.outcome.is_(None),
                 )
                 .values(outcome=Outcome.EXCLUDED.value, reason=reason.name.lower())
@@ -189,16 +189,10 @@ def _version_committed(
                 raise LocalProtocolError(
                     f"{device} is excluded from {record.round_id}, which did not accept it"
                 )
-        open_ones = and_(_is(updates, record.round_id), updates.c.outcome.is_(None))
         connection.execute(
             update(updates)
-            .where(open_ones, updates.c.accepted)
+            .where(_is(updates, record.round_id), updates.c.outcome.is_(None))
             .values(outcome=Outcome.AGGREGATED.value, version=record.version)
-        )
-        connection.execute(
-            update(updates)
-            .where(open_ones, not_(updates.c.accepted))
-            .values(outcome=Outcome.EXCLUDED.value, reason=NOT_ACCEPTED)
         )
 
 
@@ -255,15 +249,7 @@ def write_rows(connection: Connection, now: float, batch: Batch) -> None:
     _write_devices(connection, now, batch.devices)
     _write_pieces(connection, batch.pieces)
     _write_telemetry(connection, now, batch.telemetry)
-    _write_counts(connection, batch.counts)
-    for version, metrics in batch.metrics.items():
-        done = connection.execute(
-            update(tables.versions)
-            .where(tables.versions.c.version == version)
-            .values(metrics=encoding.encode_metrics(metrics))
-        )
-        if done.rowcount != 1:
-            raise LocalProtocolError(f"metrics for version {version}, which is not in the ledger")
+    _add_counts(connection, {counter_name(what): more for what, more in batch.counts.items()})
     for round_id in batch.forget_pieces:
         connection.execute(delete(tables.pieces).where(_is(tables.pieces, round_id)))
 
@@ -280,7 +266,12 @@ def _write_devices(connection: Connection, now: float, seen: Sequence[DeviceSeen
                 "signing_key": new.signing_key,
                 "certificate": new.certificate,
                 "last_sequence": case(
-                    (new.last_sequence > old.last_sequence, new.last_sequence), else_=old.last_sequence
+                    # A new key counts its own messages; under the old one a sequence is a replay for ever.
+                    (
+                        or_(new.signing_key != old.signing_key, new.last_sequence > old.last_sequence),
+                        new.last_sequence,
+                    ),
+                    else_=old.last_sequence,
                 ),
                 "last_seen": new.last_seen,
             },
@@ -300,23 +291,52 @@ def _write_devices(connection: Connection, now: float, seen: Sequence[DeviceSeen
 
 
 def _write_pieces(connection: Connection, pieces: Sequence[Piece]) -> None:
-    if pieces:
-        connection.execute(
-            upsert(connection, tables.pieces).on_conflict_do_nothing(),
-            [
-                {
-                    **_key(piece.round_id),
-                    "device": piece.device,
-                    "digest": piece.digest,
-                    "piece": piece.index,
-                    "piece_count": piece.count,
-                    "segment": piece.position.segment,
-                    "offset": piece.position.offset,
-                    "length": piece.position.length,
-                }
-                for piece in pieces
-            ],
-        )
+    if not pieces:
+        return
+    # The last number of pieces of an update is the one that holds: what was said with another is refused by now.
+    counts = {(piece.round_id, piece.device, piece.digest): piece.count for piece in pieces}
+    table = tables.pieces.c
+    connection.execute(
+        delete(tables.pieces).where(
+            table.generation == bindparam("of_generation"),
+            table.round == bindparam("of_round"),
+            table.device == bindparam("of_device"),
+            table.digest == bindparam("of_digest"),
+            table.piece_count != bindparam("of_count"),
+        ),
+        [
+            {
+                "of_generation": round_id.generation,
+                "of_round": round_id.number,
+                "of_device": device,
+                "of_digest": digest,
+                "of_count": count,
+            }
+            for (round_id, device, digest), count in counts.items()
+        ],
+    )
+    statement = upsert(connection, tables.pieces)
+    new = statement.excluded
+    connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=["generation", "round", "device", "digest", "piece"],
+            set_={name: new[name] for name in ("piece_count", "segment", "offset", "length")},
+        ),
+        [
+            {
+                **_key(piece.round_id),
+                "device": piece.device,
+                "digest": piece.digest,
+                "piece": piece.index,
+                "piece_count": piece.count,
+                "segment": piece.position.segment,
+                "offset": piece.position.offset,
+                "length": piece.position.length,
+            }
+            for piece in pieces
+            if piece.count == counts[piece.round_id, piece.device, piece.digest]
+        ],
+    )
 
 
 def _write_telemetry(
@@ -365,8 +385,8 @@ def counter_name(what: Reject | Count) -> str:
     return f"{_REJECT_PREFIX}{what.code}" if isinstance(what, Reject) else what.value
 
 
-def _write_counts(connection: Connection, counts: Mapping[Reject | Count, int]) -> None:
-    rows = [{"name": counter_name(what), "value": more} for what, more in counts.items() if more]
+def _add_counts(connection: Connection, counts: Mapping[str, int]) -> None:
+    rows = [{"name": name, "value": more} for name, more in counts.items() if more]
     if rows:
         statement = upsert(connection, tables.counters)
         total = tables.counters.c.value + statement.excluded.value

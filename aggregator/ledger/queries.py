@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Row, and_, func, or_, select, true
 
 from aggregator.inbox.segments import Position
 from aggregator.ledger import encoding, tables
-from aggregator.ledger.projections import counter_name
+from aggregator.ledger.projections import PRUNED, counter_name
 from aggregator.ledger.values import (
     Count,
     DeviceRow,
@@ -79,15 +79,18 @@ def rounds(connection: Connection, limit: int) -> list[RoundRow]:
     ]
 
 
-def versions(connection: Connection) -> list[VersionRow]:
+def versions(connection: Connection, version: int | None = None) -> list[VersionRow]:
+    table = tables.versions
+    wanted = select(table).order_by(table.c.version)
+    if version is not None:
+        wanted = wanted.where(table.c.version == version)
     return [
         VersionRow(
             version=row.version,
             round_id=RoundId(row.generation, row.round),
             model_digest=row.model_digest,
-            metrics=encoding.decode_metrics(row.metrics),
         )
-        for row in connection.execute(select(tables.versions).order_by(tables.versions.c.version))
+        for row in connection.execute(wanted)
     ]
 
 
@@ -201,6 +204,12 @@ def _piece(row: Row[Any]) -> Piece:
         count=row.piece_count,
         position=Position(row.segment, row.offset, row.length),
     )
+
+
+def pruned(connection: Connection) -> int:
+    """How many records the journal has let go."""
+    counters = tables.counters.c
+    return connection.scalar(select(counters.value).where(counters.name == PRUNED)) or 0
 
 
 # ---- problems, for check_invariants -----------------------------------------------------------------

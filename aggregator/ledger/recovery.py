@@ -26,7 +26,7 @@ def read_journal(
 
 
 def load_state(connection: Connection) -> State:
-    """Equal to a fold over the whole journal, without reading more of it than the last round."""
+    """Equal to a fold over all records ever committed, without reading more than the last round's."""
     rounds, versions = tables.rounds.c, tables.versions.c
     generation = connection.scalar(select(tables.epoch.c.generation))
     if generation is None:

@@ -1,5 +1,7 @@
 """The tables. ``journal`` is the truth of rounds: ``checkins``, ``rounds``, ``updates``, ``versions`` follow.
 
+Check-ins leave the journal once a later round has opened; the tickets they gave stay in ``checkins``.
+
 Times are seconds of the aggregator's clock. Nothing here is secret; payloads and keys that sign are elsewhere.
 """
 
@@ -122,7 +124,6 @@ updates = Table(
     Column("device", String(48), primary_key=True),
     Column("digest", LargeBinary, nullable=False),
     Column("samples", BigInteger, nullable=False),
-    Column("accepted", Boolean, nullable=False),  # in the frozen set
     Column("outcome", String(16)),  # null: the round is open
     Column("version", BigInteger),  # that it is in, if aggregated
     Column("reason", Text),  # if excluded
@@ -137,7 +138,6 @@ versions = Table(
     Column("generation", BigInteger, nullable=False),
     Column("round", BigInteger, nullable=False),
     Column("model_digest", LargeBinary, nullable=False),
-    Column("metrics", Text),
     ForeignKeyConstraint(["generation", "round"], ["rounds.generation", "rounds.round"]),
     Index("one_version_per_round", "generation", "round", unique=True),
 )

@@ -49,11 +49,11 @@ class Batch:
     """One transaction: all of it or nothing.
 
     records: applied to the state by the caller, in this order.
-    pieces: must be durable in the inbox already. One that is known keeps its first position.
-    devices: new, or seen again; a device's last sequence never goes back.
+    pieces: must be durable in the inbox already. One that is known moves to its last position; another number
+        of pieces begins the update anew.
+    devices: new, or seen again; a device's last sequence never goes back under one key, a new key brings its own.
     telemetry: one report each, added to the device's totals.
     counts: added to the counters.
-    metrics: by version, replacing those it had.
     forget_pieces: rounds whose pieces leave the index; their inbox folders may be deleted after the commit.
     """
 
@@ -62,7 +62,6 @@ class Batch:
     devices: tuple[DeviceSeen, ...] = ()
     telemetry: tuple[tuple[DeviceId, Telemetry], ...] = ()
     counts: Mapping[Reject | Count, int] = field(default_factory=dict)
-    metrics: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     forget_pieces: tuple[RoundId, ...] = ()
 
 
@@ -109,7 +108,6 @@ class VersionRow:
     version: int
     round_id: RoundId
     model_digest: Digest
-    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,19 @@ class OrtBackend:
         return f"{self.name} {_import_runtime().__version__}"
 
 
+def run_model(model: bytes, inputs: Sequence[Array], *, threads: int = 1) -> tuple[Array, ...]:
+    """All outputs of a standalone ONNX model, such as a published ``model.onnx``, for inputs in its own order.
+
+    Raises BackendError: the model cannot be loaded, takes another number of inputs, or fails on these.
+    """
+    graph = _Graph(_import_runtime(), "the model", model, threads)
+    if len(graph.inputs) != len(inputs):
+        raise BackendError(
+            f"the model takes {len(graph.inputs)} inputs ({', '.join(graph.inputs)}), {len(inputs)} were given"
+        )
+    return tuple(graph.run(dict(zip(graph.inputs, inputs, strict=True)), {}, graph.outputs))
+
+
 class OrtSession:
     """Graphs are loaded on first use: a device that only trains never holds the inference graph.
 
@@ -179,6 +192,14 @@ class _Graph:
             raise BackendError(
                 f"onnxruntime {runtime.__version__} cannot load {name}: {_first_line(error)}"
             ) from error
+
+    @property
+    def inputs(self) -> list[str]:
+        return [value.name for value in self._session.get_inputs()]
+
+    @property
+    def outputs(self) -> list[str]:
+        return [value.name for value in self._session.get_outputs()]
 
     def run(
         self,

@@ -13,10 +13,9 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from google.protobuf.message import DecodeError
-
 from edge_runtime.protocol.errors import RemoteProtocolError
 from edge_runtime.protocol.ids import Digest, sha256
+from edge_runtime.protocol.parsing import parse
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.tensors import TensorError, TensorSpec, layout, parameter_count
 from edge_runtime.protocol.wire_pb2 import Bundle
@@ -182,10 +181,7 @@ def from_bundle(raw: bytes) -> Artifact:
         raise RemoteProtocolError(
             Reject.TOO_LARGE, f"artifact bundle of {len(raw)} bytes, limit {MAX_BUNDLE_BYTES}"
         )
-    try:
-        bundle = Bundle.FromString(raw)
-    except DecodeError as error:
-        raise _malformed("the bundle does not parse") from error
+    bundle = parse(Bundle, raw)
     if [file.name for file in bundle.files] != sorted((*GRAPH_FILES, MANIFEST_FILE)):
         raise _malformed("the bundle does not hold the files of an artifact, each once, sorted by name")
     files = {file.name: file.content for file in bundle.files}

@@ -146,18 +146,6 @@ class Assembler:
         self._place(self.index, i, chunk)
         return True
 
-    def resume(self, partial: bytes | memoryview) -> int:
-        """Take from an earlier, torn copy of the content whatever chunks are right; returns how many.
-
-        Raises LocalProtocolError before the index is known.
-        """
-        index, view, before = self._known_index(), memoryview(partial), len(self._have)
-        for i in self.missing():
-            chunk = view[index.span(i)]
-            if _fits(index, i, chunk):
-                self._place(index, i, chunk)
-        return len(self._have) - before
-
     def missing(self) -> tuple[int, ...]:
         """The chunks still to come, ascending; empty while the index itself is missing."""
         return tuple(i for i in range(self.index.count if self.index else 0) if i not in self._have)
@@ -184,19 +172,6 @@ class Assembler:
     def _place(self, index: BlobIndex, i: int, chunk: bytes | memoryview) -> None:
         self._content[index.span(i)] = chunk
         self._have.add(i)
-
-    def _known_index(self) -> BlobIndex:
-        if self.index is None:
-            raise LocalProtocolError(f"blob {self.digest.hex()}: the index comes first")
-        return self.index
-
-
-def split_payload(payload: bytes, piece_bytes: int) -> tuple[memoryview, ...]:
-    """A payload in pieces of ``piece_bytes``, as views; an empty payload is one empty piece.
-
-    Raises LocalProtocolError for a piece size outside 8 KiB to 16 MiB.
-    """
-    return tuple(_pieces(payload, piece_bytes)) or (memoryview(payload),)
 
 
 class PieceAssembler:

@@ -6,6 +6,8 @@ import itertools
 from dataclasses import dataclass
 
 from edge_runtime.protocol import wire_pb2 as wire
+from edge_runtime.protocol.artifact import MAX_PARAMETER_COUNT
+from edge_runtime.protocol.chunks import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES
 from edge_runtime.protocol.ids import (
     DeviceId,
     Digest,
@@ -20,7 +22,6 @@ from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.rounds import FederationState
 
 MAX_COHORT = 100_000
-MAX_PARAMETERS = 1 << 28  # 1 GiB of float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class Manifest:
 
         def ref(what: str, blob: wire.BlobRef) -> BlobRef:
             return BlobRef(
-                digest=digest(blob.digest), size=within(f"{what}.size", blob.size, 1, 4 * MAX_PARAMETERS)
+                digest=digest(blob.digest), size=within(f"{what}.size", blob.size, 1, 4 * MAX_PARAMETER_COUNT)
             )
 
         state = FederationState(within("state", m.state, 1, len(FederationState)))
@@ -114,7 +115,7 @@ class Manifest:
             artifact=ref("artifact", m.artifact),
             cohort=ref("cohort", m.cohort) if collecting else None,
             sealing_key=key_bytes("sealing_key", m.sealing_key) if collecting else b"",
-            chunk_bytes=within("chunk_bytes", m.chunk_bytes, 8 * 1024, 16 * 1024 * 1024),
+            chunk_bytes=within("chunk_bytes", m.chunk_bytes, MIN_CHUNK_BYTES, MAX_CHUNK_BYTES),
             certificate=m.certificate,
-            parameter_count=within("parameter_count", m.parameter_count, 1, MAX_PARAMETERS),
+            parameter_count=within("parameter_count", m.parameter_count, 1, MAX_PARAMETER_COUNT),
         )

@@ -13,7 +13,7 @@ class _Row(NamedTuple):
 
 
 class Reject(Enum):
-    """A refusal: ``code`` travels on the wire; codes are for ever."""
+    """A refusal: ``code`` travels on the wire; codes are for ever. 12 is reserved: never sent, not to be used."""
 
     MALFORMED = _Row(1, "the bytes are not a message of this protocol", "update the sender's software")
     TOO_LARGE = _Row(2, "a length is above the bound of its kind", "check the plan and the sender's software")
@@ -32,7 +32,6 @@ class Reject(Enum):
     )
     REPLAYED = _Row(10, "the sequence number has been seen before", "a replay or a cloned state folder")
     WRONG_ROUND = _Row(11, "the round is not the open one", "wait for the next manifest")
-    WRONG_GENERATION = _Row(12, "the generation is not the current one", "wait for the next manifest")
     WRONG_MANIFEST = _Row(
         13, "the message speaks about another manifest of this round", "fetch the manifest again"
     )
@@ -54,9 +53,7 @@ class Reject(Enum):
     )
     TOKEN_USED = _Row(22, "the enrolment token was used by another key", "ask the operator for a new token")
     TOKEN_EXPIRED = _Row(23, "the enrolment token has expired", "ask the operator for a new token")
-    NAME_TAKEN = _Row(
-        24, "another key is enrolled under this device name", "choose another name, or revoke the old key"
-    )
+    NAME_TAKEN = _Row(24, "another key is enrolled under this device name", "enrol under another name")
     UNKNOWN_BLOB = _Row(25, "no such content is offered", "wait for the next manifest")
     UNEXPECTED_KIND = _Row(26, "this kind of message is not accepted here", "check the sender's software")
 

@@ -36,7 +36,7 @@ class Outcome(Enum):
     """What became of a stored update: exactly one of these."""
 
     AGGREGATED = "aggregated"  # it is in the version of its round exactly once
-    EXCLUDED = "excluded"  # stored, but found unusable or above the goal
+    EXCLUDED = "excluded"  # stored, but found unusable when it was read back or opened
     ABORTED = "aborted"  # its round made no version
 
 

@@ -37,8 +37,9 @@ class BlobCache:
         names = (path.name.removesuffix(_SUFFIX) for path in self._folder.glob(f"*{_SUFFIX}"))
         return frozenset(Digest(bytes.fromhex(name)) for name in names if _HEX.fullmatch(name))
 
-    def put(self, digest: Digest, content: bytes) -> None:
-        """Keeps verified content, and forgets the least recently put beyond ``max_bytes``."""
+    def put(self, digest: Digest, content: bytes) -> frozenset[Digest]:
+        """Keeps verified content, forgets the least recently put beyond ``max_bytes``; returns what it forgot."""
+        before = self.digests()
         self._files.replace(self._path(digest), records.encode(_KIND, {"digest": digest.hex()}, [content]))
         kept = 0
         by_age = sorted(
@@ -48,6 +49,7 @@ class BlobCache:
             kept += path.stat().st_size
             if kept > self._max_bytes and path != self._path(digest):
                 self._files.remove(path)
+        return before - self.digests()
 
     def _path(self, digest: Digest) -> Path:
         return self._folder / f"{digest.hex()}{_SUFFIX}"

@@ -21,7 +21,7 @@ from edge_runtime.store.records import DamagedFileError, StateError
 SEED_BYTES = 32
 SEQUENCE_BLOCK = 256
 DEFAULT_BLOB_BYTES = 256 << 20
-_RESTORE = "move the folder away and enrol again with a new token"
+_RESTORE = "move the folder away and enrol again with a new token, under a new device name"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,8 @@ class Enrolment:
 class DeviceStore:
     """The state folder, locked for this process. Every method that changes something is durable when it returns.
 
-    Losing or copying the folder is safe for others: a lost one enrols again, a copy is refused by its
-    sequence numbers. OSError (disk full, read-only) passes through.
+    Losing or copying the folder is safe for others: a lost one enrols again under a new name, a copy is refused
+    by its sequence numbers. OSError (disk full, read-only) passes through.
     """
 
     def __init__(

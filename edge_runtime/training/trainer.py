@@ -65,7 +65,7 @@ def train(
     """Runs ``plan`` from ``theta``, float32 of shape (d,); yields every step, returns the result.
 
     seed: 32 bytes (``batch_seed``); each pass over the data is shuffled anew from it, every sample once.
-    should_stop: asked before each step; True ends the training with None. Closing the generator does too.
+    should_stop: asked before each step and before the result; True ends the training with None.
     With one thread the same arguments give the same bytes.
     Raises TrainingDiverged, and what the backend raises.
     """
@@ -89,6 +89,8 @@ def train(
         yield Step(index, total, loss, grad_norm)
         if index == total:
             break
+    if should_stop():
+        return None
     result = session.theta()
     if not np.isfinite(result).all():
         raise _diverged("a parameter is not finite", total, total)

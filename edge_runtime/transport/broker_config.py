@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from edge_runtime.settings import require
 from edge_runtime.transport.address import BrokerAddress, parse_broker_url, read_password
@@ -50,13 +51,17 @@ class BrokerConfig:
         )
 
     def address(self, default_url: str | None = None) -> BrokerAddress:
-        """Where to connect; ``default_url`` where the section names none. Raises TransportError, ConfigError."""
+        """Where to connect; ``default_url``, which may bring credentials, where the section names none.
+
+        The section's username goes before the URL's, and no password but its own goes with it.
+        Raises TransportError.
+        """
         url = self.url or default_url
         if url is None:
             raise TransportError("no broker is configured: set [broker] url, or enrol with a token")
         if self.username is not None:
             scheme, _, rest = url.partition("://")
-            url = f"{scheme}://{self.username}@{rest}"
+            url = f"{scheme}://{quote(self.username, safe='')}@{rest.rpartition('@')[2]}"
         return parse_broker_url(
             url,
             password=read_password(self.password_file, os.environ) if self.username else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import typing
 from pathlib import Path
@@ -13,6 +14,7 @@ from aggregator import cli
 from aggregator.config import AggregatorConfig, load_aggregator_config
 from aggregator.core.step import RoundRules
 from aggregator.setup import COMMENTS
+from edge_runtime.protocol.codecs import entropy
 from edge_runtime.protocol.plan import Plan
 from tests.support.brokers import ROOT
 from tests.support.command_line import Done, refusal, run
@@ -103,7 +105,10 @@ def test_settings_override_the_defaults_and_a_bare_word_is_text(tmp_path):
         ("round.deadline_s=nan", "round.deadline_s: nan; expected a finite number"),
         ("round.cohort=1", "minimum <= goal <= cohort"),
         ("plan.codecs=[\"zip\"]", "plan.codecs: an array of 1; choose from"),
+        (f"plan.codecs={json.dumps(['float32'] * 17)}", "plan.codecs: an array of 17; at most 16 names"),
         ("plan.learning_rate=-1", "learning_rate"),
+        ("round.deadline_s=2592001", "round.deadline_s: 2592001.0; at most 2592000 seconds (30 days)"),
+        ("round.cohort=100001", "round.cohort: 100001; at most 100000 devices"),
         ("plan.scale_bits=9", "plan.scale_bits: 9; it follows from the cohort"),
         ("delivery.chunk_bytes=100", "delivery.chunk_bytes: 100; 8192 to"),
         ("broker.url=http://x", "mqtt:// or mqtts://"),
@@ -120,6 +125,16 @@ def test_a_bad_setting_is_refused_and_nothing_is_left_behind(tmp_path, setting, 
     assert complaint in text
     assert "hunter2" not in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_zstandard_the_plan_offers_what_is_left_and_refuses_to_offer_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(entropy, "HAS_ZSTD", False)
+    assert init(tmp_path / "agg").code == 0
+    config = load_aggregator_config(tmp_path / "agg" / "aggregator.toml")
+    assert config.plan == Plan()
+    assert config.round_plan().codecs == ("int8-block+zlib",)
+    text = refusal(cli.main, *words(tmp_path / "none", 'plan.codecs=["int8-block+zstd", "float32+zstd"]'))
+    assert "plan.codecs: an array of 2; none of them can be used here: install zstandard, or choose" in text
 
 
 def test_a_folder_that_was_there_empty_stays_and_one_in_use_is_left_alone(tmp_path):

@@ -115,7 +115,6 @@ def outcome(ledger: Ledger, device: DeviceId, round_id: RoundId = ONE) -> tuple[
 
 def test_the_journal_gives_back_every_kind_of_record_as_it_was(ledger: Ledger) -> None:
     records: list[Record] = [
-        check_in(A, (1 << 64) - 1),
         opened(),
         stored(A),
         stored(B),
@@ -123,6 +122,7 @@ def test_the_journal_gives_back_every_kind_of_record_as_it_was(ledger: Ledger) -
         committed(excluded=((B, Reject.BAD_SEAL),)),
         RoundPublished(round_id=ONE, at=60.5),
         opened(TWO, base=1),
+        check_in(A, (1 << 64) - 1),
         RoundAborted(round_id=TWO, reason="too few: 0", at=70.0),
     ]
     commit(ledger, *records[:3])
@@ -140,11 +140,6 @@ def test_a_committed_version_aggregates_the_accepted_and_excludes_the_unreadable
     (version,) = ledger.versions()
     assert (version.version, version.round_id, version.model_digest) == (1, ONE, sha256(b"model"))
     assert check_invariants(ledger) == []
-
-
-def test_a_stored_update_outside_the_frozen_set_is_excluded(ledger: Ledger) -> None:
-    commit(ledger, opened(), stored(A), stored(B), frozen(A), committed())
-    assert outcome(ledger, B) == (Outcome.EXCLUDED, None, "not_accepted")
 
 
 def test_an_aborted_round_aborts_its_updates_and_no_others(ledger: Ledger) -> None:
@@ -165,7 +160,8 @@ def test_an_aborted_round_aborts_its_updates_and_no_others(ledger: Ledger) -> No
         pytest.param([stored(A)], id="an update stored twice"),
         pytest.param([stored(A, TWO)], id="an update of an unknown round"),
         pytest.param([opened(TWO)], id="a round beside an open one"),
-        pytest.param([frozen(A, C)], id="an accepted update that is not stored"),
+        pytest.param([frozen(A, B, C)], id="an accepted update that is not stored"),
+        pytest.param([frozen(A)], id="a stored update that is not accepted"),
         pytest.param([committed()], id="a version of a round that is not frozen"),
         pytest.param([frozen(A, B), stored(C)], id="an update after the freeze"),
         pytest.param([frozen(A, B), frozen(A, B)], id="a round frozen twice"),
@@ -215,6 +211,28 @@ def test_recovery_equals_the_fold_at_every_point_of_a_run(ledger: Ledger) -> Non
         assert ledger.load_state() == fold(State(), run[:n])
 
 
+def test_check_ins_leave_the_journal_when_a_later_round_opens_and_their_tickets_stay(
+    url: str, ledger: Ledger
+) -> None:
+    first = [check_in(A), check_in(B), opened(cohort=(A,)), check_in(A, 2)]
+    end = RoundAborted(round_id=ONE, reason="", at=55.0)
+    commit(ledger, *first, end)
+    assert list(ledger.journal()) == [opened(cohort=(A,)), check_in(A, 2), end]
+    commit(ledger, check_in(C))
+    second = [opened(TWO, cohort=(C,)), check_in(C, 2), stored(C, TWO)]
+    commit(ledger, *second)
+    assert list(ledger.journal()) == [opened(cohort=(A,)), end, *second]
+    assert ledger.load_state().tickets == {A: check_in(A, 2), B: check_in(B), C: check_in(C, 2)}
+    assert check_invariants(ledger) == []
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:  # one that is not pruned yet, so C's ticket has no origin
+        connection.execute(sqlalchemy.delete(tables.journal).where(tables.journal.c.kind == "checked-in"))
+    engine.dispose()
+    problems = check_invariants(ledger)
+    assert any("were pruned" in text for text in problems)
+    assert any("not the fold" in text for text in problems)
+
+
 def test_an_empty_ledger_recovers_to_the_first_state(ledger: Ledger) -> None:
     assert ledger.load_state() == State()
 
@@ -260,7 +278,7 @@ def test_nothing_is_committed_without_a_claim(url: str) -> None:
 # ---- rows beside the records ------------------------------------------------------------------------
 
 
-def test_a_devices_sequence_never_goes_back_and_its_first_sight_stays(url: str) -> None:
+def test_a_devices_sequence_never_goes_back_under_one_key_and_its_first_sight_stays(url: str) -> None:
     now = [10.0]
     ledger = Ledger.open(url, federation=FEDERATION, clock=lambda: now[0])
     ledger.claim("here")
@@ -280,6 +298,15 @@ def test_a_devices_sequence_never_goes_back_and_its_first_sight_stays(url: str) 
     assert [row.last_sequence for row in ledger.devices()] == [(1 << 64) - 1]
     assert ledger.device(B) is None
     ledger.close()
+
+
+def test_a_new_key_of_a_device_brings_its_own_sequence(ledger: Ledger) -> None:
+    old = DeviceSeen(device=A, signing_key=b"k" * 32, certificate=b"old", sequence=1 << 63)
+    ledger.commit(Batch(devices=(old,)))
+    ledger.commit(Batch(devices=(replace(old, signing_key=b"n" * 32, certificate=b"new", sequence=5),)))
+    assert [(row.signing_key, row.last_sequence) for row in ledger.devices()] == [(b"n" * 32, 5)]
+    ledger.commit(Batch(devices=(replace(old, signing_key=b"n" * 32, sequence=4),)))
+    assert [row.last_sequence for row in ledger.devices()] == [5]
 
 
 def test_counters_add_up_and_refusals_are_counted_by_code(ledger: Ledger) -> None:
@@ -327,36 +354,51 @@ def test_absurd_telemetry_saturates_instead_of_stopping_the_aggregator(ledger: L
     assert row.samples == row.peak_memory_bytes == row.bytes_up == (1 << 63) - 1
 
 
-def test_metrics_belong_to_a_version_that_exists(ledger: Ledger) -> None:
+def test_a_version_is_found_by_its_number(ledger: Ledger) -> None:
     commit(ledger, opened(), stored(A), frozen(A), committed())
-    ledger.commit(Batch(metrics={1: {"accuracy": 0.5, "loss": 2.0}}))
-    assert [row.metrics for row in ledger.versions()] == [{"accuracy": 0.5, "loss": 2.0}]
-    with pytest.raises(LocalProtocolError, match="version 2"):
-        ledger.commit(Batch(metrics={2: {"accuracy": 0.5}}))
+    assert [ledger.version(1)] == ledger.versions()
+    assert ledger.version(0) is None
+    assert ledger.version(2) is None
 
 
 # ---- the inbox's index ------------------------------------------------------------------------------
 
 
-def piece(device: DeviceId, index: int, offset: int, *, segment: int = 0, content: bytes = b"") -> Piece:
+def piece(
+    device: DeviceId, index: int, offset: int, *, segment: int = 0, content: bytes = b"", count: int = 2
+) -> Piece:
     return Piece(
         round_id=ONE,
         device=device,
         digest=sha256(content or device.encode()),
         index=index,
-        count=2,
+        count=count,
         position=Position(segment, offset, 100),
     )
 
 
-def test_pieces_come_back_in_order_and_a_duplicate_keeps_its_first_place(ledger: Ledger) -> None:
+def test_pieces_come_back_in_order_and_one_sent_again_is_at_its_last_place(ledger: Ledger) -> None:
     commit(ledger, opened())
     ledger.commit(Batch(pieces=(piece(A, 1, 8), piece(B, 0, 300), piece(A, 0, 200, content=b"other bytes"))))
     ledger.commit(Batch(pieces=(piece(A, 0, 8, segment=1), piece(A, 1, 500)), records=(stored(A),)))
-    assert ledger.pieces_of(ONE, A) == [Position(1, 8, 100), Position(0, 8, 100)]
+    assert ledger.pieces_of(ONE, A) == [Position(1, 8, 100), Position(0, 500, 100)]
     assert ledger.pieces_of(ONE, B) == []
     assert ledger.unfinished_pieces(ONE) == [piece(B, 0, 300)]
     assert ledger.durable_ends() == {ONE: Position(1, 8, 100)}
+    assert check_invariants(ledger) == []
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_wrong_pieces_of_a_refused_update_give_way_to_the_right_ones(ledger: Ledger, batches: int) -> None:
+    commit(ledger, opened())
+    wrong = tuple(piece(A, index, 8 + index, count=3) for index in range(3))
+    right = (piece(A, 0, 300), piece(A, 1, 500))
+    beside = (piece(A, 2, 700, content=b"other bytes", count=3), piece(B, 2, 900, count=3))
+    for pieces in ((*beside, *wrong, *right),) if batches == 1 else ((*beside, *wrong), right):
+        ledger.commit(Batch(pieces=pieces))
+    assert set(ledger.unfinished_pieces(ONE)) == {*right, *beside}
+    commit(ledger, stored(A))
+    assert ledger.pieces_of(ONE, A) == [Position(0, 300, 100), Position(0, 500, 100)]
     assert check_invariants(ledger) == []
 
 

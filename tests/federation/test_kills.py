@@ -15,6 +15,7 @@ from tests.support.programs import eventually
 
 SAME_SUM = {"plan__sample_cap": 10_007}  # as in the undisturbed run
 DYING = Path(__file__).with_name("dying_aggregator.py")
+DYING_DEVICE = Path(__file__).with_name("dying_device.py")
 
 
 def assert_as_undisturbed(fed: Federation, undisturbed: Undisturbed) -> None:
@@ -50,6 +51,31 @@ def test_a_device_killed_in_mid_upload_sends_the_identical_bytes_once_the_killed
         (sent,) = fed.traffic.updates()["device-2", 1][0]
         assert sent == journalled.messages[0].payload
         assert not slow.seen("training_started", run=1, round=1)
+
+
+def test_a_device_killed_between_two_pieces_of_its_update_sends_the_identical_bytes_when_it_is_back(
+    tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    with federation(tmp_path, record=True, delivery__chunk_bytes=8192, **SAME_SUM) as fed:
+        victim = fed.devices["device-1"]
+        fed.aggregator.start()
+        for device in fed.devices.values():
+            dying = [sys.executable, str(DYING_DEVICE), *device.command[3:]] if device is victim else None
+            device.start(command=dying)
+        assert victim.wait() == -signal.SIGKILL, victim.output()
+        eventually(lambda: ("device-1", 1) in fed.traffic.updates(), "the first piece is recorded")
+        before = fed.traffic.updates()["device-1", 1]
+        with DeviceStore(fed.folder / "device-1") as store:
+            (journalled,) = store.outbox.entries()
+        pieces = [message.payload for message in journalled.messages]
+        assert 1 <= len(before) < len(pieces)
+        assert not fed.aggregator.seen("update_stored", round=1, device="device-1")
+        victim.start()
+        assert_as_undisturbed(fed, undisturbed)
+        # before and after together: one payload for each piece, as journalled
+        sent = fed.traffic.updates()["device-1", 1]
+        assert [sent[index] for index in range(len(pieces))] == [{payload} for payload in pieces]
+        assert not victim.seen("training_started", run=1, round=1)
 
 
 @pytest.mark.long

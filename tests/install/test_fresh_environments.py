@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = folder.glob("*.whl")
     return built
+
+
+def test_the_source_distribution_holds_all_that_make_and_its_tests_need(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--sdist", "--outdir", tmp_path, ROOT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    scripts = {f".ci/{name}" for name in ("run", "constraints.txt", "protobuf.py", "wire.proto.sha256")}
+    assert names >= scripts | {"Makefile", "pyproject.toml", "LICENSE", "edge_runtime/protocol/wire.proto"}
+    assert names >= {"examples/digits/model.py", "tests/install/test_fresh_environments.py"}
 
 
 def floors(extra: str) -> list[str]:

@@ -50,7 +50,7 @@ def test_any_run_with_crashes_keeps_the_ledgers_invariants(
             if operation == Crash():
                 assert shell.state == fold(State(), shell.journal)
         ledger = open_ledgers[-1]
-        assert list(ledger.journal()) == shell.journal
+        assert list(ledger.journal()) == _without_old_check_ins(shell.journal)
         assert ledger.load_state() == shell.state == fold(State(), shell.journal)
         assert check_invariants(ledger) == []
         for zombie in open_ledgers[:-1]:
@@ -58,6 +58,11 @@ def test_any_run_with_crashes_keeps_the_ledgers_invariants(
                 zombie.commit(Batch())
         for each in open_ledgers:
             each.close()
+
+
+def _without_old_check_ins(records: list[Record]) -> list[Record]:
+    last = max((n for n, record in enumerate(records) if isinstance(record, RoundOpened)), default=0)
+    return [record for n, record in enumerate(records) if n >= last or not isinstance(record, CheckedIn)]
 
 
 _round_ids = st.builds(RoundId, st.integers(1, 1 << 32), st.integers(0, 1 << 32))

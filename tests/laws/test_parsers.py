@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from aggregator.intake import Intake, KnownDevice, open_update
 from edge_runtime.protocol import certificates, topics
 from edge_runtime.protocol import wire_pb2 as wire
+from edge_runtime.protocol.artifact import ArtifactManifest, TargetSpec, ValueSpec, from_bundle
 from edge_runtime.protocol.chunks import PieceAssembler
 from edge_runtime.protocol.crypto.provider import CRYPTO
 from edge_runtime.protocol.enrol_token import EnrolToken, TokenError
@@ -22,6 +23,7 @@ from edge_runtime.protocol.ids import device_id, federation_id, shard_of
 from edge_runtime.protocol.kinds import Kind
 from edge_runtime.protocol.parsing import parse
 from edge_runtime.protocol.plan import Plan
+from edge_runtime.protocol.tensors import layout
 from tests.support import message_samples as samples
 from tests.support.message_samples import BODIES, DEVICE, FEDERATION, ROUND, SAMPLES
 
@@ -47,8 +49,20 @@ PARSERS: dict[str, Parser] = {
     "check_device": lambda raw: certificates.check_device(CRYPTO, ROOT, raw, FEDERATION, DEVICE),
     "check_aggregator": lambda raw: certificates.check_aggregator(CRYPTO, ROOT, raw, FEDERATION, ROUND),
     "Intake.accept": lambda raw: INTAKE.accept(UP, raw),
+    "ArtifactManifest.from_bytes": ArtifactManifest.from_bytes,
+    "from_bundle": from_bundle,
     "open_update": lambda raw: open_update(CRYPTO, samples.ROUND_SEALING, SAMPLES[3].header, raw),
 }
+ARTIFACT_MANIFEST = ArtifactManifest(
+    name="m",
+    opset=18,
+    parameters=layout([("w", (2, 3))]),
+    inputs=(ValueSpec("x", "float32", (2,)),),
+    target=TargetSpec("y", "int64", (), 3),
+    outputs=(ValueSpec("logits", "float32", (3,)),),
+    loss="cross_entropy",
+).to_bytes()
+BUNDLE = wire.Bundle(files=[wire.File(name="manifest.json", content=ARTIFACT_MANIFEST)]).SerializeToString()
 VALID: tuple[bytes, ...] = (
     *(value.encode() for value in BODIES.values()),
     *(message for sample in SAMPLES for message in sample.messages),
@@ -56,6 +70,8 @@ VALID: tuple[bytes, ...] = (
     samples.AGGREGATOR_CERTIFICATE_SIGNED,
     samples.MANIFEST.plan.to_wire().SerializeToString(),
     SAMPLES[3].payload,
+    ARTIFACT_MANIFEST,
+    BUNDLE,
 )
 
 

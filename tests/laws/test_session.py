@@ -140,6 +140,8 @@ operations: st.SearchStrategy[Operation] = st.one_of(
     ),
     st.sampled_from(
         [
+            lambda device: setattr(device, "upload_s", 0.0),
+            lambda device: setattr(device, "upload_s", 90.0),
             lambda device: device.connect(session_present=True),
             lambda device: device.connect(session_present=False),
             lambda device: device.disconnect(),

@@ -102,8 +102,8 @@ class Federation:
         return self.config.folder / "versions" / f"{number:06d}"
 
     def status(self) -> dict[str, Any]:
-        """What ``aggregator status --json`` prints."""
-        return collect(self.config)
+        """What ``aggregator status --json --verify`` prints."""
+        return collect(self.config, verify=True)
 
     def key_file(self, round_number: int) -> Path:
         """Where the private key of a round of generation 1 lies while it is open."""

@@ -34,14 +34,16 @@ from edge_runtime.session_values import (
     Received,
     Remember,
     Send,
+    SendUpdate,
     Settle,
     Subscribe,
     Tick,
     Train,
     Trained,
     Unsubscribe,
+    UpdateSent,
 )
-from edge_runtime.store.outbox import OutboxEntry
+from edge_runtime.store.outbox import Message, OutboxEntry
 
 FEDERATION = FederationId("digits")
 DEVICE = DeviceId("pi-3")
@@ -205,6 +207,7 @@ class Device:
     aggregator: Aggregator
     name: DeviceId = DEVICE
     now: float = 1000.0
+    upload_s: float = 0.0  # how long an update takes to leave
     effects: list[Effect] = field(default_factory=list)
     subscribed: set[str] = field(default_factory=set)
     journal: dict[RoundId, OutboxEntry] = field(default_factory=dict)  # all that were ever written
@@ -247,6 +250,10 @@ class Device:
         for at, effect in enumerate(effects):
             self._perform(at, effect)
         self.effects += effects
+        for effect in effects:
+            if isinstance(effect, SendUpdate):
+                self.now += self.upload_s
+                return effects + self.handle(UpdateSent(effect.round_id, self.upload_s))
         return effects
 
     def connect(self, *, session_present: bool = False) -> list[Effect]:
@@ -280,7 +287,7 @@ class Device:
         while (at := self.session.wake_at()) is not None and at <= until:
             self.now = max(self.now, at)
             effects += self.handle(Tick())
-        self.now = until
+        self.now = max(self.now, until)
         return effects
 
     def fetch_all(self, lose: Callable[[str, bytes], bool] = lambda topic, payload: False) -> list[Effect]:
@@ -320,15 +327,12 @@ class Device:
     def sent(self, kind: Kind, effects: list[Effect] | None = None) -> list[Envelope]:
         """The messages of one kind among these effects, or among all so far; signatures verified."""
         key, found = CRYPTO.verify_key(self._identity.signing_key), []
-        for effect in self.effects if effects is None else effects:
-            if isinstance(effect, Send):
-                envelope = unpack(effect.payload, self._identity.federation, *Kind)
-                CRYPTO.verify(key, envelope.signed_bytes(), envelope.signature)
-                assert effect.topic == topics.up_topic(
-                    envelope.header.kind, self._identity.federation, self.name
-                )
-                if envelope.header.kind is kind:
-                    found.append(envelope)
+        for topic, payload in messages(self.effects if effects is None else effects):
+            envelope = unpack(payload, self._identity.federation, *Kind)
+            CRYPTO.verify(key, envelope.signed_bytes(), envelope.signature)
+            assert topic == topics.up_topic(envelope.header.kind, self._identity.federation, self.name)
+            if envelope.header.kind is kind:
+                found.append(envelope)
         return found
 
     def fetches(self, effects: list[Effect] | None = None) -> list[Fetch]:
@@ -343,10 +347,10 @@ class Device:
         """The payloads of update messages, as sent."""
         chosen = self.effects if effects is None else effects
         return [
-            effect.payload
+            message.payload
             for effect in chosen
-            if isinstance(effect, Send)
-            and unpack(effect.payload, self._identity.federation, *Kind).header.kind is Kind.UPDATE
+            if isinstance(effect, SendUpdate)
+            for message in effect.messages
         ]
 
     # ---- what a shell must be able to rely on -------------------------------------------------------
@@ -377,12 +381,22 @@ class Device:
                 assert effect.manifest.round_id > self.settled
             case Send():
                 assert self.session.online, "nothing is sent while offline"
-                header = unpack(effect.payload, self._identity.federation, *Kind).header
-                if header.kind is Kind.UPDATE:
-                    messages = self.journal[header.round_id].messages
-                    assert effect.payload in {message.payload for message in messages}, (
-                        "not what was journalled"
-                    )
+            case SendUpdate():
+                assert self.session.online, "nothing is sent while offline"
+                journalled = self.journal[effect.round_id].messages
+                assert sorted(effect.messages) == sorted(journalled), "not what was journalled"
+
+
+def messages(effects: Sequence[Effect]) -> list[Message]:
+    """All that these effects send, in order."""
+    found: list[Message] = []
+    for effect in effects:
+        match effect:
+            case Send():
+                found.append(Message(effect.topic, effect.payload))
+            case SendUpdate():
+                found += effect.messages
+    return found
 
 
 def ready(aggregator: Aggregator | None = None) -> Device:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
-from edge_runtime.backends.ort import OrtBackend
+from edge_runtime.backends.ort import OrtBackend, run_model
 from edge_runtime.protocol.artifact import Artifact
 from edge_runtime.protocol.errors import FleetgradError
 from edge_runtime.protocol.tensors import Vector, flatten
@@ -41,18 +40,14 @@ class Evaluator:
         return self.of_theta(theta)
 
     def predictions(self, path: Path) -> Predictions:
-        """Classes, shape (held out,), by stock onnxruntime from ``model.onnx`` alone. Raises EvaluationError."""
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        inputs = session.get_inputs()
-        if len(inputs) != 1:
-            raise EvaluationError(f"{path} takes {len(inputs)} inputs: it must take the images only")
-        logits = np.asarray(session.run(None, {inputs[0].name: self._held_out.x})[0])
-        if logits.shape != (len(self._held_out.y), CLASSES):
-            raise EvaluationError(
-                f"{path} gives shape {logits.shape}, not ({len(self._held_out.y)}, {CLASSES})"
-            )
+        """Classes, shape (held out,), by stock onnxruntime from ``model.onnx`` alone.
+
+        Raises EvaluationError; BackendError for a file that the runtime refuses.
+        """
+        logits, *others = run_model(path.read_bytes(), (self._held_out.x,))
+        if others or logits.shape != (len(self._held_out.y), CLASSES):
+            found = ", ".join(str(output.shape) for output in (logits, *others))
+            raise EvaluationError(f"{path} gives {found}, not ({len(self._held_out.y)}, {CLASSES})")
         classes: Predictions = logits.argmax(axis=1)
         return classes
 

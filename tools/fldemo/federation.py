@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from fldemo.baselines import seed_bytes
 from fldemo.data import Samples, write_npz
 from fldemo.memory import MemorySampler
 from fldemo.processes import Child, Event, Supervisor, program, tail
-from fldemo.scenario import AGGREGATOR, DEVICES, FEDERATION, Faults, Kill, Restart, Round, settings
+from fldemo.scenario import AGGREGATOR, DEVICES, FEDERATION, Faults, Round, settings
 
 BROKER, REGISTRAR = "broker", "registrar"
 STALL_S = 60.0  # six times the deadline of a round
@@ -108,6 +109,9 @@ class Federation:
         self._supervisor = supervisor
         self._memory = memory
         self.broker: RunningBroker | None = None
+        self.run = Run()
+        self._striking = threading.Lock()  # held while a device is chosen and until it is dead
+        supervisor.on_read = self._strike
 
     def start_broker(self, kind: str | None, warn: Callable[[str], None]) -> RunningBroker:
         """mosquitto if it is installed, else amqtt. Raises BrokerStartError."""
@@ -148,7 +152,7 @@ class Federation:
 
         Raises ProcessError when a program fails, DemoError when nothing happens for STALL_S.
         """
-        run, last_event = Run(), time.monotonic()
+        run, last_event = self.run, time.monotonic()
         while not run.finished:
             try:
                 event = self._supervisor.events.get(timeout=0.5)
@@ -160,23 +164,29 @@ class Federation:
                 continue
             if event.source == AGGREGATOR:
                 last_event = time.monotonic()
-            action = run.faults.on(event)  # first: a kill must meet the device while it trains
-            match action:
-                case Kill():
-                    child = self._supervisor.children[action.device]
-                    self._supervisor.kill(child)
-                    self._memory.forget(action.device)
-                    run.killed_codes[action.device] = child.process.returncode
-                case Restart():
-                    self._start_device(action.device)
+            with self._striking:
+                restart = run.faults.restart(event)
+            if restart is not None:
+                self._start_device(restart.device)
             ended = record(run, event)
             if ended is not None:
                 on_round(ended)
         return run
 
+    def _strike(self, event: Event) -> None:
+        """Kills a device as soon as the news that it trains is read: it trains for a fraction of a second."""
+        with self._striking:
+            kill = self.run.faults.kill(event)
+            if kill is not None:
+                child = self._supervisor.children[kill.device]
+                self._supervisor.kill(child)
+                self._memory.forget(kill.device)
+                self.run.killed_codes[kill.device] = child.process.returncode
+
     def finish(self, run: Run) -> None:
         """Waits until every program has ended by itself, then asks for the status and the model files."""
-        gone = set(run.killed_codes) - {restart.device for restart in run.faults.restarts}
+        faults = run.faults
+        gone = {kill.device for kill in faults.kills} - {restart.device for restart in faults.restarts}
         waiting = [AGGREGATOR, *(device for device in DEVICES if device not in gone)]
         deadline = time.monotonic() + _END_S
         for name in waiting:
@@ -187,7 +197,7 @@ class Federation:
         config = ("--config", str(self.folders.config))
         done = self._run_all(
             {
-                "status": _aggregator("status", *config, "--json"),
+                "status": _aggregator("status", *config, "--json", "--verify"),
                 "export-model": _aggregator("export-model", *config, "--out", str(self.folders.model)),
             }
         )

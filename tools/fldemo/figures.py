@@ -72,6 +72,11 @@ class Figures:
     files: tuple[str, ...]
     violations: tuple[str, ...]
 
+    @property
+    def gap_points(self) -> float:
+        """Percentage points below central training; rounded, so that 0.98 and 0.96 are 2 apart."""
+        return round(100 * (self.baselines.central - self.accuracy), 6)
+
     def as_json(self) -> dict[str, Any]:
         """Plain values; ``baselines`` with the mean of local-only training."""
         plain = dataclasses.asdict(self)

@@ -87,6 +87,9 @@ class Supervisor:
     ) -> None:
         self.log_folder = log_folder
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.on_read: Callable[[Event], None] | None = (
+            None  # called first, in the thread that reads the program
+        )
         self.children: dict[str, Child] = {}
         self._environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
         self._grace_s = grace_s
@@ -233,7 +236,10 @@ class Supervisor:
                 except ValueError:
                     fields = None
                 if isinstance(fields, dict):
-                    self.events.put(Event(child.name, at, fields))
+                    event = Event(child.name, at, fields)
+                    if self.on_read is not None:
+                        self.on_read(event)
+                    self.events.put(event)
                 log.write(line)
 
 

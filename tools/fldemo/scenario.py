@@ -34,7 +34,9 @@ PLAN = Plan(
 BASELINE_BATCH = GOAL * PLAN.batch_size
 
 FIRST_KILL, SECOND_KILL, RETURN = 4, 6, 8
-"""Rounds: two devices die while training in the first round from here on, and one starts again after the third."""
+"""Rounds: a device dies while it trains in the first and in the second, or soon after; one returns in the third."""
+TRIES = 10
+"""Kills that may come too late: on a busy machine an update can be out before its sender is dead."""
 
 
 @dataclass(frozen=True)
@@ -55,32 +57,51 @@ class Restart:
 
 @dataclass
 class Faults:
-    """Decides from the events who dies and who returns; the first to die is the one that returns."""
+    """Decides from the events who dies and who returns; the first to die is the one that returns.
+
+    ``missed``: kills that came too late, the update was in the round. They count as none: the device starts again
+    at once and another one dies instead.
+    """
 
     kills: list[Kill] = field(default_factory=list)
     restarts: list[Restart] = field(default_factory=list)
+    missed: list[Kill] = field(default_factory=list)
     _closed_round: int = 0
 
-    def on(self, event: Event) -> Kill | Restart | None:
-        """What to do now, recorded as done."""
+    def kill(self, event: Event) -> Kill | None:
+        """Whom to kill now. Every event in the order in which it was read: a kill cannot wait."""
         match event.kind:
-            case "round_published" | "round_aborted":
+            case "round_frozen" | "round_aborted":
                 self._closed_round = event.round
-                if event.round >= RETURN and self.kills and not self.restarts:
-                    self.restarts.append(Restart(self.kills[0].device, event.round))
-                    return self.restarts[0]
             case "training_started" if event.round > self._closed_round and self._due(event):
                 self.kills.append(Kill(event.source, event.round))
                 return self.kills[-1]
+        return None
+
+    def restart(self, event: Event) -> Restart | None:
+        """Whom to start again now. Every event, some time after ``kill`` has seen it."""
+        match event.kind:
+            case "round_frozen":
+                for kill in self.kills:
+                    if kill.round == event.round and kill.device in event.fields["accepted"]:
+                        self.kills.remove(kill)
+                        self.missed.append(kill)
+                        return Restart(kill.device, event.round - 1)
+            case "round_published" | "round_aborted" if self.kills and not self.restarts:
+                if event.round >= max(RETURN, self.kills[0].round + 1):
+                    self.restarts.append(Restart(self.kills[0].device, event.round))
+                    return self.restarts[0]
         return None
 
     def _due(self, event: Event) -> bool:
         starts = (FIRST_KILL, SECOND_KILL)
         return (
             len(self.kills) < len(starts)
+            and len(self.missed) < TRIES
             and event.round >= starts[len(self.kills)]
             # one in a round: with goal 4 of 5 the round goes on without waiting for its deadline
-            and event.round not in {kill.round for kill in self.kills}
+            and event.round not in {kill.round for kill in (*self.kills, *self.missed)}
+            and event.source not in {kill.device for kill in self.kills}
         )
 
 

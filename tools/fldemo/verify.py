@@ -9,10 +9,14 @@ from fldemo.federation import Run, exit_words
 from fldemo.figures import Figures
 from fldemo.scenario import LEAST_ROUNDS
 
-GOAL_POINTS = 2.0
-"""What the demo aims at: federated at most so many percentage points below central training."""
-LIMIT_POINTS = 3.0
-"""Where it fails. Which updates arrive first differs from run to run, and one point is four of 360 digits."""
+MOSQUITTO = "mosquitto"  # as in aggregator.broker.KINDS
+LIMIT_POINTS = 2.0
+"""Federated at most so many percentage points below central training; one point is four of 360 digits."""
+LIMIT_BYTES_PER_PARAMETER = 1.1
+LIMIT_TOTAL_PSS = 1.3e9
+LIMIT_DEVICE_PSS = 100e6
+LIMIT_DEVICE_RSS = 150e6
+_MB = 1e6
 
 
 class Check(NamedTuple):
@@ -23,8 +27,11 @@ class Check(NamedTuple):
 
 
 def verify(figures: Figures, run: Run, rounds: int) -> tuple[Check, ...]:
-    """All checks, in the order of importance."""
-    baselines, gap = figures.baselines, 100 * (figures.baselines.central - figures.accuracy)
+    """All checks, in the order of importance. No time is among them: it says how busy the machine was.
+
+    With amqtt only what makes a run right is demanded, no figure: it is there so that the demo runs anywhere.
+    """
+    baselines = figures.baselines
     unclean = {name: code for name, code in run.exit_codes.items() if code != 0}
     return (
         Check(
@@ -35,10 +42,7 @@ def verify(figures: Figures, run: Run, rounds: int) -> tuple[Check, ...]:
             figures.accuracy > baselines.local_mean,
             f"federated {figures.accuracy:.2%} is above local-only {baselines.local_mean:.2%}",
         ),
-        Check(
-            gap <= LIMIT_POINTS,
-            f"federated is at most {LIMIT_POINTS:g} points below central (goal: {GOAL_POINTS:g}): {gap:+.1f} below",
-        ),
+        *(_figures(figures) if figures.broker == MOSQUITTO else ()),
         Check(
             figures.rounds >= max(rounds, LEAST_ROUNDS) and figures.version == rounds,
             f"{rounds} versions published: {figures.rounds}, the last is version {figures.version}",
@@ -56,6 +60,34 @@ def verify(figures: Figures, run: Run, rounds: int) -> tuple[Check, ...]:
     )
 
 
+def _figures(figures: Figures) -> tuple[Check, ...]:
+    """What the design promises. Memory only where it was measured (/proc)."""
+    per = figures.update_bytes_per_parameter
+    checks = [
+        Check(
+            figures.gap_points <= LIMIT_POINTS,
+            f"federated is at most {LIMIT_POINTS:g} points below central training: {figures.gap_points:+.1f} below",
+        ),
+        Check(
+            per is not None and per <= LIMIT_BYTES_PER_PARAMETER,
+            f"an update takes at most {LIMIT_BYTES_PER_PARAMETER:g} bytes per parameter: "
+            + ("none was sent" if per is None else f"{per:.2f}"),
+        ),
+    ]
+    if memory := figures.memory:
+        checks += [
+            _memory("all processes hold", LIMIT_TOTAL_PSS, memory.total_peak, "of PSS"),
+            _memory("a device holds", LIMIT_DEVICE_PSS, memory.device_pss_mean, "of PSS on average"),
+            _memory("a device never holds", LIMIT_DEVICE_RSS, memory.device_rss_peak, "of RSS"),
+        ]
+    return tuple(checks)
+
+
+def _memory(who: str, limit: float, found: int, kind: str) -> Check:
+    more = "more than" if "never" in who else "at most"
+    return Check(found <= limit, f"{who} {more} {limit / _MB:.0f} MB {kind}: {found / _MB:.0f} MB")
+
+
 def _faults(run: Run) -> tuple[Check, ...]:
     killed, returned = run.faults.kills, run.faults.restarts
     died = [kill for kill in killed if run.killed_codes.get(kill.device) == -signal.SIGKILL]
@@ -68,7 +100,14 @@ def _faults(run: Run) -> tuple[Check, ...]:
     ]
     names = ", ".join(f"{kill.device} in round {kill.round}" for kill in died)
     return (
-        Check(len(died) == 2, f"two devices died by SIGKILL in the middle of a round: {names or 'none'}"),
+        Check(
+            len(died) == 2,
+            f"two devices died by SIGKILL in the middle of a round: {names or 'none'}"
+            + (
+                f"; {len(run.faults.missed)} other kills came too late and do not count"
+                * bool(run.faults.missed)
+            ),
+        ),
         Check(
             not absent,
             "no update of a killed device was counted in the round it died in: "

@@ -64,6 +64,10 @@ def test_data_comes_from_a_file_beside_the_config_or_from_a_function(tmp_path):
         ('[data]\nsource = "t.npz"\ninputs = []', "data.inputs"),
         ('[data]\nsource = "t.npz"\ninputs = ["y"]', "must be different"),
         ('[data]\nsource = "t.npz"\n[limits]\nthreads = 0', "limits.threads: 0; 1 to 256"),
+        (
+            '[data]\nsource = "t.npz"\n[limits]\nmax_memory_mb = 512',
+            "limits.max_memory_mb",
+        ),  # nothing reads it
         ('[data]\nsource = "t.npz"\n[checkin]\nttl_s = 0', "checkin.ttl_s: 0"),
         (
             '[data]\nsource = "t.npz"\n[broker]\nurl = "http://b"',

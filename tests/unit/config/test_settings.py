@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from edge_runtime.settings import ConfigError, load, read_secret_file, require
+from edge_runtime.settings import ConfigError, load, read_key_file, read_secret_file, require
 
 
 class Colour(Enum):
@@ -128,3 +128,20 @@ def test_a_secret_file_is_read_without_its_line_end(tmp_path):
         read_secret_file(path)
     with pytest.raises(ConfigError, match="No such file"):
         read_secret_file(tmp_path / "none")
+
+
+def test_a_key_file_that_others_can_read_is_refused_with_what_to_do(tmp_path):
+    path = tmp_path / "signing.key"
+    path.write_text("ab" * 32 + "\n")
+    path.chmod(0o600)
+    assert read_key_file(path) == b"\xab" * 32
+    for mode in (0o604, 0o640, 0o622):
+        path.chmod(mode)
+        with pytest.raises(ConfigError, match=rf"mode {mode:04o}\); `chmod 600 ") as caught:
+            read_key_file(path)
+        assert "abab" not in str(caught.value)
+    path.chmod(0o400)
+    with pytest.raises(ConfigError, match="expected 32 hex digits"):
+        read_key_file(path, 16)
+    with pytest.raises(ConfigError, match="No such file"):
+        read_key_file(tmp_path / "none")

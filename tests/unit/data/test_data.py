@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import struct
+import warnings
 import zipfile
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from edge_runtime.data import DataError, NpzFile, PythonFunction, fit_dataset, load_dataset
 from edge_runtime.protocol.artifact import ArtifactManifest, TargetSpec, ValueSpec
@@ -163,6 +167,71 @@ def test_any_flipped_byte_of_an_npz_is_an_error_of_ours_or_harmless(tmp_path):
             continue
         np.testing.assert_array_equal(dataset.inputs[0], X)
         np.testing.assert_array_equal(dataset.target, Y)
+
+
+GOOD_HEADER = "{'descr': '<f8', 'fortran_order': False, 'shape': (5, 2), }"
+
+
+def header_pieces(header):
+    """Pieces of a header: what they make is nearly one."""
+    words = [
+        "{",
+        "}",
+        "(",
+        ")",
+        "[",
+        "]",
+        ",",
+        ":",
+        "'",
+        "\\",
+        "L",
+        "-",
+        "1e999",
+        "9" * 30,
+        "None",
+        "True",
+        "\n  ",
+    ]
+    return st.lists(st.sampled_from([*words, *re.findall(r"'\w*'|'<f8'|\w+|\S", header)]), max_size=30)
+
+
+@st.composite
+def cut_and_spliced(draw):
+    start, end = sorted(draw(st.tuples(*[st.integers(0, len(GOOD_HEADER))] * 2)))
+    middle = "".join(draw(header_pieces(GOOD_HEADER)))
+    return GOOD_HEADER[:start] + middle + GOOD_HEADER[end:]
+
+
+@given(header=st.one_of(st.binary(max_size=80), cut_and_spliced()), version=st.sampled_from([1, 2]))
+@example(header="{'descr': '<f8'", version=1)  # tokenize.TokenError
+@example(header="{'a': 1}\n  }\n }", version=1)  # IndentationError
+@example(header="(" * 3000, version=2)
+@example(header="{'descr': (), 'fortran_order': False, 'shape': (5, 2)}", version=1)
+@example(header="{'descr': '<f8', 'fortran_order': False, 'shape': (0, 99999999999999999999)}", version=1)
+@example(header="{'descr': '<f8', 'fortran_order': False, 'shape': (5L, 2L)}", version=1)  # Python 2's
+@example(header="{'descr': '<f8', 'fortran_order': False, 'shape': (-5, -2)}", version=1)
+@settings(deadline=None, max_examples=150)
+def test_any_header_of_an_array_is_read_or_refused_and_numpy_warns_of_nothing(
+    tmp_path_factory, header, version
+):
+    raw = header if isinstance(header, bytes) else header.encode("latin1")
+    magic = b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(raw))
+    path = tmp_path_factory.getbasetemp() / "header.npz"
+    labels = io.BytesIO()
+    np.save(labels, Y)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", magic + raw + X.tobytes())
+        archive.writestr("y.npy", labels.getvalue())
+    complaint, rows = "", 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            rows = load_dataset(NpzFile(path), CLASSIFIER).samples
+        except DataError as error:
+            complaint = str(error)
+    assert rows == 5
+    assert not complaint or "'x'" in complaint
 
 
 # ---- python:module:function -------------------------------------------------------------------------

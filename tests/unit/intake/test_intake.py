@@ -38,9 +38,14 @@ def _certificate(
     key: SigningKey = KEY,
     root: SigningKey = ROOT,
     epoch: int = 1,
+    role: int = 1,
 ) -> bytes:
     certificate = DeviceCertificate(
-        federation=federation, device=device, signing_key=CRYPTO.verify_key(key).raw, epoch=epoch
+        federation=federation,
+        device=device,
+        signing_key=CRYPTO.verify_key(key).raw,
+        epoch=epoch,
+        role=role,
     )
     return certificates.issue_device(CRYPTO, root, certificate)
 
@@ -142,6 +147,11 @@ def test_a_key_of_a_later_epoch_takes_over_and_the_old_one_is_out() -> None:
     assert isinstance(_intake(pi_3=_known(last=50)).accept(UP, raw), CheckInRequest)
     (old,) = _message(Kind.CHECKIN, _checkin(), sequence=51)
     _refused(_intake(pi_3=_known(THIEF, epoch=2)), Reject.BAD_CERTIFICATE, old)
+
+
+def test_a_certificate_of_the_committee_is_no_ticket_to_a_round() -> None:
+    (raw,) = _message(Kind.CHECKIN, _checkin(_certificate(role=2)))
+    _refused(_intake(), Reject.BAD_CERTIFICATE, raw)
 
 
 # ---- topic and envelope -----------------------------------------------------------------------------

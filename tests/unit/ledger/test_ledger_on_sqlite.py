@@ -149,10 +149,11 @@ def test_a_commit_survives_kill_9(tmp_path: Path) -> None:
         ("UPDATE rounds SET phase = 'published'", "round .* is published and has no version"),
         ("UPDATE rounds SET accepted = 2", "accepted 2 of 1 stored"),
         ("DELETE FROM updates", "not those of the journal"),
-        ("UPDATE journal SET seq = 7 WHERE seq = 2", "has 2 records and ends at 7"),
+        ("UPDATE journal SET seq = 7 WHERE seq = 2", "has 2 records, 0 were pruned, and it ends at 7"),
         ("UPDATE journal SET epoch = 9 WHERE seq = 1", "a fenced aggregator has committed"),
         ("DELETE FROM journal WHERE kind = 'round-opened'", "the journal contradicts itself"),
-        ("INSERT INTO versions VALUES (3, 1, 1, x'00', NULL)", "versions have a gap"),
+        ("INSERT INTO versions VALUES (3, 1, 1, x'00')", "versions have a gap"),
+        ("INSERT INTO counters VALUES ('journal-pruned', 1)", "has 2 records, 1 were pruned"),
         ("INSERT INTO checkins VALUES ('a', 0, 1.0, 1, '[]', 1)", "not the fold of the journal"),
     ],
 )

@@ -11,7 +11,19 @@ from edge_runtime.protocol.kinds import Kind
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.rounds import FederationState, Verdict
 from edge_runtime.session import RESEND_BASE_S, RESEND_CAP_S
-from edge_runtime.session_values import Connected, Refused, Send, Settle, StopTraining, Train, Work
+from edge_runtime.session_values import (
+    Connected,
+    FederationFinished,
+    Refused,
+    SendUpdate,
+    Settle,
+    StopTraining,
+    Tick,
+    Train,
+    Trained,
+    UpdateSent,
+    Work,
+)
 from tests.support.session_driver import (
     FEDERATION,
     OTHER,
@@ -19,6 +31,7 @@ from tests.support.session_driver import (
     Aggregator,
     Device,
     an_update,
+    messages,
     ready,
     signing_key,
     training,
@@ -58,6 +71,54 @@ def test_the_pause_between_resends_grows_to_its_bound() -> None:
     assert max(pauses) > 10 * RESEND_BASE_S
 
 
+@pytest.mark.parametrize("upload_s", [0.0, 20.0, 600.0])
+def test_the_pause_is_counted_from_the_end_of_an_upload_and_grows_with_it(upload_s: float) -> None:
+    device = training()
+    device.upload_s = upload_s
+    device.trained()
+    pauses = []
+    for _ in range(40):
+        wake = device.session.wake_at()
+        assert wake is not None
+        pauses.append(wake - device.now)
+        device.wait(wake - device.now)
+    bound = RESEND_BASE_S / 2 + max(RESEND_CAP_S, upload_s)
+    assert all(RESEND_BASE_S / 2 <= pause < bound for pause in pauses)
+    assert max(pauses) > 0.7 * bound
+
+
+def test_an_update_is_not_sent_again_while_it_leaves() -> None:
+    device = training()
+    trained = Trained(ROUND, an_update())
+    session = device.session
+    sending = session.handle(device.now, trained)[-1]
+    assert isinstance(sending, SendUpdate)
+    for later in (1.0, 10.0, 1000.0):
+        assert session.handle(device.now + later, Tick()) == []
+    assert session.handle(device.now + 1001.0, UpdateSent(RoundId(1, 7), 0.0)) == []  # not of this update
+    assert session.handle(device.now + 1002.0, Tick()) == []
+    assert session.handle(device.now + 1003.0, UpdateSent(ROUND, 1003.0)) == []
+    assert session.handle(device.now + 3003.0, Tick())[0].messages == sending.messages
+
+
+def test_over_a_link_that_drops_after_each_second_piece_every_piece_arrives() -> None:
+    """Each sending begins at another piece, with the same bytes."""
+    device = training()
+    device.trained(an_update(bytes(80_000)))
+    pieces = _entry(device).messages
+    assert len(pieces) == 10
+    arrived = set()
+    for _ in range(60):
+        mark = len(device.effects)
+        device.disconnect()
+        device.connect(session_present=True)
+        device.wait(RESEND_BASE_S)
+        arrived.update(device.updates(device.effects[mark:])[:2])
+    assert arrived == {piece.payload for piece in pieces}
+    starts = [e.messages[0].payload for e in device.effects if isinstance(e, SendUpdate)]
+    assert len(set(starts)) == 10
+
+
 def test_a_lost_connection_makes_it_send_again_soon() -> None:
     device = waiting_for_receipt()
     device.disconnect()
@@ -71,7 +132,7 @@ def test_what_was_trained_offline_is_journalled_and_sent_at_the_connection() -> 
     device = training()
     device.disconnect()
     effects = device.trained()
-    assert not [effect for effect in effects if isinstance(effect, Send)]
+    assert not messages(effects)
     assert ROUND in device.journal
     assert device.updates(device.connect()) == [_entry(device).messages[0].payload]
 
@@ -226,6 +287,29 @@ def test_after_a_raised_generation_the_device_trains_again() -> None:
     assert device.sent(Kind.UPDATE)[-1].header.round_id == RoundId(2, 1)
 
 
+@pytest.mark.parametrize("number", [1, 9])
+def test_the_end_of_the_federation_settles_a_pending_update(number: int) -> None:
+    """No later version can hold it, and the aggregator that would answer is about to leave."""
+    device = waiting_for_receipt()
+    finished = device.aggregator.manifest(number, FederationState.FINISHED)
+    effects = device.hear_manifest(finished)
+    assert effects[-2:] == [Settle(ROUND, None), FederationFinished(finished.manifest)]
+    assert device.session.pending is None
+    assert device.hear(device.aggregator.receipt(_entry(device))) == []  # too late, and harmless
+    assert not messages(device.wait(10 * TTL_S))
+    device.restart()
+    assert device.session.pending is None
+
+
+def test_a_device_that_comes_back_after_the_end_settles_what_it_had_journalled() -> None:
+    device = waiting_for_receipt()
+    device.restart()
+    device.connect()
+    effects = device.hear_manifest(device.aggregator.manifest(2, FederationState.FINISHED))
+    assert Settle(ROUND, None) in effects
+    assert device.session.pending is None
+
+
 # ---- check-ins --------------------------------------------------------------------------------------
 
 
@@ -308,11 +392,7 @@ def test_a_new_device_checks_in_before_it_fetches_though_a_round_is_open() -> No
     device = Device(Aggregator())
     device.connect()
     effects = device.hear_manifest(device.aggregator.manifest(5, cohort=[OTHER]))
-    kinds = [
-        unpack(effect.payload, FEDERATION, *Kind).header.kind
-        for effect in effects
-        if isinstance(effect, Send)
-    ]
+    kinds = [unpack(payload, FEDERATION, *Kind).header.kind for _, payload in messages(effects)]
     assert kinds == [Kind.CHECKIN, Kind.FETCH]
 
 

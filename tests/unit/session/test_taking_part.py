@@ -15,12 +15,14 @@ from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.rounds import FederationState
 from edge_runtime.session import standing_subscriptions
 from edge_runtime.session_values import (
+    ArtifactLost,
     FederationFinished,
     Journal,
     KeepArtifact,
     Refused,
     Remember,
     Send,
+    SendUpdate,
     Settle,
     StopTraining,
     Subscribe,
@@ -39,6 +41,7 @@ from tests.support.session_driver import (
     Aggregator,
     Device,
     an_update,
+    messages,
     ready,
     sealing_key,
     signing_key,
@@ -105,9 +108,7 @@ def test_an_update_is_journalled_before_it_is_sent_and_opens_only_with_the_round
     device = training()
     effects = device.trained()
     assert isinstance(effects[0], Journal)
-    assert [(effect.topic, effect.payload) for effect in _only(effects, Send)] == list(
-        effects[0].entry.messages
-    )
+    assert effects[1:] == [SendUpdate(RoundId(1, 1), effects[0].entry.messages)]
     (envelope,) = device.sent(Kind.UPDATE)
     assert Update.decode(device.aggregator.open(envelope)) == an_update()
     assert sha256(envelope.body) == effects[0].entry.update_digest == envelope.header.payload_digest
@@ -119,7 +120,7 @@ def test_an_update_is_journalled_before_it_is_sent_and_opens_only_with_the_round
 def test_a_large_update_travels_in_pieces_of_the_manifests_chunk_size() -> None:
     device = training()
     effects = device.trained(an_update(bytes(20_000)))
-    envelopes = device.sent(Kind.UPDATE, effects)
+    envelopes = sorted(device.sent(Kind.UPDATE, effects), key=lambda envelope: envelope.header.chunk_index)
     assert [len(envelope.body) for envelope in envelopes][:2] == [8192, 8192]
     assert [envelope.header.chunk_index for envelope in envelopes] == [0, 1, 2]
     whole = b"".join(envelope.body for envelope in envelopes)
@@ -133,7 +134,7 @@ def test_telemetry_is_sealed_to_the_aggregator_and_not_sent_offline() -> None:
     assert Telemetry.decode(device.aggregator.open(envelope)) == Telemetry(steps=3)
     other = training()
     other.disconnect()
-    assert not _only(other.trained(telemetry=Telemetry(steps=3)), Send)
+    assert not messages(other.trained(telemetry=Telemetry(steps=3)))
 
 
 def test_training_that_fails_settles_the_round_and_asks_for_the_next() -> None:
@@ -145,6 +146,40 @@ def test_training_that_fails_settles_the_round_and_asks_for_the_next() -> None:
     device.connect()
     device.hear_manifest(device.aggregator.manifest(1))
     assert device.session.work is Work.IDLE
+
+
+def test_a_lost_artifact_is_fetched_again_within_the_round_and_nothing_else_is() -> None:
+    device = training()
+    (train,) = _only(device.effects, Train)
+    device.cache.clear()
+    effects = device.handle(ArtifactLost(train))
+    assert [fetch.digest for fetch in device.fetches(effects)] == [train.artifact]
+    assert not device.checkins(effects)
+    assert device.fetch_all()[-2:] == [KeepArtifact(train.artifact, ARTIFACT), train]
+    device.trained()
+    assert device.updates() == [device.journal[RoundId(1, 1)].messages[0].payload]
+
+
+def test_an_artifact_lost_twice_costs_the_round_and_not_the_next() -> None:
+    device = training()
+    (train,) = _only(device.effects, Train)
+    device.handle(ArtifactLost(train))
+    device.fetch_all()
+    effects = device.handle(ArtifactLost(train))
+    assert effects[0] == Settle(RoundId(1, 1), None)
+    assert not device.fetches(effects)
+    training(2, device)
+    assert device.session.work is Work.TRAINING
+
+
+def test_a_late_word_of_an_artifact_lost_only_makes_the_next_round_fetch_it() -> None:
+    device = training()
+    (train,) = _only(device.effects, Train)
+    device.hear_manifest(device.aggregator.manifest(2))
+    assert device.handle(ArtifactLost(train)) == []
+    device.fetch_all()
+    assert train.artifact in [fetch.digest for fetch in device.fetches()][3:]
+    assert device.session.work is Work.TRAINING
 
 
 def test_a_late_word_of_training_that_was_stopped_changes_nothing() -> None:

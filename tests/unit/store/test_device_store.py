@@ -231,7 +231,7 @@ def test_the_blob_cache_forgets_the_oldest_beyond_its_limit_but_never_the_newest
         for age, digest in enumerate(digests[:2]):
             store.blobs.put(digest, bytes(1000))
             os.utime(folder / "blobs" / f"{digest.hex()}.blob", (age, age))
-        store.blobs.put(digests[2], bytes(1500))
+        assert store.blobs.put(digests[2], bytes(1500)) == {digests[0]}
         assert store.blobs.digests() == set(digests[1:])
-        store.blobs.put(digests[0], bytes(5000))
+        assert store.blobs.put(digests[0], bytes(5000)) == set(digests[1:])
         assert store.blobs.digests() == {digests[0]}

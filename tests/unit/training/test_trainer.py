@@ -135,12 +135,11 @@ def test_training_stops_between_steps_when_the_host_says_so():
     assert len(steps) == len(session.batches) == 2
 
 
-def test_closing_the_generator_ends_the_training():
-    session = LeastSquares()
-    generator = train(session, dataset(), PLAN, np.zeros(3, np.float32), seed=SEED)
-    next(generator)
-    generator.close()
-    assert len(session.batches) == 1
+def test_a_stop_after_the_last_step_still_gives_no_result():
+    answers = iter([False, True])
+    _, steps, result = run(Plan(steps=1, epochs=0, batch_size=4), should_stop=lambda: next(answers))
+    assert result is None
+    assert len(steps) == 1
 
 
 def test_divergence_is_an_error_that_names_the_step():
