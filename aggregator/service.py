@@ -29,7 +29,7 @@ from edge_runtime.protocol.artifact import Artifact
 from edge_runtime.protocol.codecs import codec_named
 from edge_runtime.protocol.crypto.keys import SealingPrivateKey, SigningKey, VerifyKey
 from edge_runtime.protocol.crypto.provider import CRYPTO
-from edge_runtime.settings import read_hex_file
+from edge_runtime.settings import read_hex_file, read_key_file
 from edge_runtime.transport.base import (
     Congested,
     Connected,
@@ -229,8 +229,8 @@ class Service:
         return Identity(
             federation=config.federation_id,
             generation=config.generation,
-            signing_key=SigningKey(read_hex_file(config.signing_key_file, 32)),
-            sealing_key=SealingPrivateKey(read_hex_file(config.sealing_key_file, 32)),
+            signing_key=SigningKey(read_key_file(config.signing_key_file)),
+            sealing_key=SealingPrivateKey(read_key_file(config.sealing_key_file)),
             certificate=read_hex_file(config.certificate_file),
             root=VerifyKey(config.root_key_bytes),
         )

@@ -35,6 +35,8 @@ from edge_runtime.transport.base import NotConnected, Transport
 
 ONLINE = b"online"
 OFFLINE = b"offline"
+FLUSH_POLL_S = 0.5
+MAX_UPLOAD_S = 600.0
 IDLE_WAIT_S = 1.0  # how often the loop looks whether it should stop
 STEPS_BETWEEN_POLLS_S = 0.02  # while training, messages wait no longer than this or one step
 
@@ -233,10 +235,16 @@ class Runtime:
         return True
 
     def _send_update(self, effect: sv.SendUpdate) -> None:
-        """Until the first piece that cannot be sent: each further one would wait in vain, up to 30 s."""
+        """Until the first piece that cannot be sent: each further one would wait in vain, up to 30 s.
+
+        It ends when the broker has it, so that what a slow link still carries is not sent a second time.
+        """
         started_at = self.clock()
         for message in effect.messages:
             if self._should_stop() or not self._publish(message.topic, message.payload):
+                break
+        while not self._should_stop() and not self.transport.flush(FLUSH_POLL_S):
+            if self.clock() - started_at > MAX_UPLOAD_S:
                 break
         self._handle(sv.UpdateSent(effect.round_id, self.clock() - started_at))
 

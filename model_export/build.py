@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from edge_runtime.protocol.artifact import Artifact
-from model_export.errors import ExportError
+from model_export.errors import ExportError, explain
 from model_export.forward import forward_graph
 from model_export.graphs import make_graphs
-from model_export.manifest import make_artifact
+from model_export.manifest import check_name, make_artifact
 from model_export.model import Model, check_model
 from model_export.parity import Check, check_parity
 
@@ -41,6 +43,7 @@ def build_artifact(
     ``progress`` is told each of STAGES as it begins.
     Raises ExportError: UnsupportedModel, MissingRule, ParityError.
     """
+    check_name(name)
     progress(STAGES[0])
     model = check_model(build, name, seed)
     progress(STAGES[1])
@@ -51,13 +54,18 @@ def build_artifact(
     return Result(model, artifact, check_parity(model, artifact))
 
 
-def import_build(reference: str, folder: Path) -> Callable[[], object]:
-    """The function named ``module:function``, importable from ``folder`` or installed. Raises ExportError."""
+def import_build(reference: str, folder: Path, *, seed: int = 0) -> Callable[[], object]:
+    """The function named ``module:function``, importable from ``folder`` or installed.
+
+    Torch's generator is at ``seed`` while the module runs, so that what it draws on import is the same each time.
+    Raises ExportError.
+    """
     module_name, _, function_name = reference.partition(":")
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", reference):
         raise ExportError(f"{reference!r} must look like my_module:build (no .py, no path)")
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+    torch.manual_seed(seed)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -68,7 +76,7 @@ def import_build(reference: str, folder: Path) -> Callable[[], object]:
         )
         raise ExportError(f"cannot import {module_name}: {hint}") from error
     except Exception as error:
-        raise ExportError(f"{module_name} fails on import: {type(error).__name__}: {error}") from error
+        raise ExportError(f"{module_name} fails on import: {explain(error)}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ExportError(f"{module_name} has no function {function_name}()")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sysconfig
+import traceback
+from pathlib import Path
+
 from edge_runtime.protocol.errors import FleetgradError
 
 
@@ -19,3 +23,18 @@ class MissingRule(ExportError):
 
 class ParityError(ExportError):
     """The exported graphs do not compute what torch computes; no artifact was written."""
+
+
+def explain(error: BaseException) -> str:
+    """``Type: first line (file:line)`` of an error in the user's code, at the innermost line that is the user's."""
+    text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+    installed = [
+        *(sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")),
+        str(Path(__file__).parent),
+    ]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((*installed, "<"))
+    ]
+    return f"{text} ({frames[-1].filename}:{frames[-1].lineno})" if frames else text

@@ -22,6 +22,7 @@ from model_export.errors import ExportError, UnsupportedModel
 from model_export.graph import OPSET, Graph, ValueType, from_proto, infer_types
 from model_export.model import Model, as_outputs
 from model_export.passes import drop_identities
+from model_export.tracing import check_any_batch, export_failure
 
 BATCH = "batch"
 _MARKER = "fleetgrad.detach"
@@ -95,8 +96,9 @@ def _trace(model: Model) -> onnx.ModelProto:
                 verbose=False,
                 dynamic_shapes=(tuple({0: batch} for _ in (*inputs, target)),),
             )
-            if program is None:
+            if program is None or program.exported_program is None:
                 raise ExportError("torch's exporter returned nothing")
+            check_any_batch(program.exported_program)
             _parameters_to_inputs(program.model, model)
             _mark_detached(program.model)
             onnxscript.optimizer.optimize_ir(program.model)
@@ -104,7 +106,7 @@ def _trace(model: Model) -> onnx.ModelProto:
     except ExportError:
         raise
     except Exception as error:
-        raise ExportError(f"torch cannot export the model for any batch size: {_reason(error)}") from error
+        raise ExportError(export_failure(error)) from error
 
 
 def _parameters_to_inputs(ir: Any, model: Model) -> None:
@@ -178,16 +180,13 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause's first line: the exporter wraps errors in pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:400]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -43,6 +44,14 @@ def make_artifact(model: Model, graphs: Mapping[str, bytes]) -> Artifact:
     except RemoteProtocolError as error:
         raise ExportError(f"devices would refuse this artifact: {error.detail}") from error
     return Artifact(manifest, files)
+
+
+def check_name(name: str) -> None:
+    """Raises ExportError unless a manifest can hold the model's ``name``."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", name):
+        raise ExportError(
+            f"the name {name!r} must be 1-200 of A-Z a-z 0-9 _ . - and begin with none of . -; see --name"
+        )
 
 
 def check_destination(out: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from edge_runtime.protocol.artifact import MAX_TENSORS, TargetSpec, ValueSpec
 from edge_runtime.protocol.tensors import TensorSpec, Vector, flatten, layout
-from model_export.errors import ExportError, UnsupportedModel
+from model_export.errors import ExportError, UnsupportedModel, explain
 from model_export.losses import LOSSES, Loss, custom
 
 DTYPES = {
@@ -35,6 +35,12 @@ _UNSUPPORTED = {
         f"its statistics change in training; {_LATER}. Use GroupNorm, or LayerNorm, or none"
     ),
     nn.RNNBase: f"recurrent layers are not covered; {_LATER}",
+}
+_EMBEDDING = {  # what torch does to the gradient or the weight behind the graph's back
+    "padding_idx": "multiply the result by (index != padding).unsqueeze(-1) instead",
+    "max_norm": "normalise the looked-up rows in forward() instead",
+    "scale_grad_by_freq": "leave it out",
+    "sparse": "leave it out",
 }
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
@@ -78,7 +84,12 @@ def check_model(build: Callable[[], object], name: str, seed: int) -> Model:
     ``name``: letters, digits, ``_ . -``. Raises UnsupportedModel or ExportError.
     """
     torch.manual_seed(seed)
-    returned = build()
+    try:
+        returned = build()
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(f"build() fails: {explain(error)}") from error
     if not isinstance(returned, tuple) or len(returned) != 4:
         raise ExportError("build() must return (module, inputs, target, loss)")
     module, inputs, target, loss = returned
@@ -146,6 +157,16 @@ def _check_module(module: nn.Module) -> None:
                 raise UnsupportedModel(f"{type(child).__name__} at {path or 'the top'}: {why}")
         if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0:
             raise UnsupportedModel(f"{type(child).__name__} at {path}: set its probability to 0; {_LATER}")
+        if isinstance(child, nn.Embedding | nn.EmbeddingBag):
+            for option, remedy in _EMBEDDING.items():
+                if getattr(child, option, None) not in (None, False):
+                    raise UnsupportedModel(
+                        f"{type(child).__name__} at {path or 'the top'}: {option} is not covered; {remedy}"
+                    )
+        if child._backward_hooks or child._backward_pre_hooks:
+            raise UnsupportedModel(
+                f"{type(child).__name__} at {path or 'the top'} has a backward hook, which no graph can hold: remove it"
+            )
     if buffers := [name for name, _ in module.named_buffers()]:
         raise UnsupportedModel(
             f"the module has buffers ({', '.join(buffers[:5])}); {_LATER}. Keep constants as plain tensors instead"
@@ -160,6 +181,10 @@ def _check_module(module: nn.Module) -> None:
             raise UnsupportedModel(f"parameter {name} is {value.dtype}; convert the module with .float()")
         if not value.requires_grad:
             raise UnsupportedModel(f"parameter {name} is frozen (requires_grad=False); {_LATER}")
+        if value._backward_hooks or getattr(value, "_post_accumulate_grad_hooks", None):
+            raise UnsupportedModel(
+                f"parameter {name} has a gradient hook, which no graph can hold: remove it (clipping is in the plan)"
+            )
         if not _NAME.fullmatch(name):
             raise UnsupportedModel(f"parameter {name!r}: a name is 1-200 of A-Z a-z 0-9 _ . -")
         if name == "theta" or (name.startswith("output") and "." not in name):
@@ -189,7 +214,7 @@ def _try(
     try:
         returned = module(*inputs)
     except Exception as error:
-        raise ExportError(f"the module does not run on the example inputs: {_first_line(error)}") from error
+        raise ExportError(f"the module does not run on the example inputs: {explain(error)}") from error
     outputs = as_outputs(returned)
     if loss.kind != "custom" and isinstance(returned, tuple | list):
         raise ExportError(
@@ -201,10 +226,15 @@ def _try(
         raise ExportError(
             f"{loss.kind} takes a target of the output's shape {tuple(outputs[0].shape)}, not {tuple(target.shape)}"
         )
+    if loss.kind == "cross_entropy" and not 0 <= int(target.min()) <= int(target.max()) < outputs[0].shape[1]:
+        raise ExportError(
+            f"the example's labels must be in 0..{outputs[0].shape[1] - 1}, the classes of the output; they go from "
+            f"{int(target.min())} to {int(target.max())}. For labels that do not count pass the loss as a function"
+        )
     try:
         value = loss.reference(returned, target)
     except Exception as error:
-        raise ExportError(f"the loss does not run on the example: {_first_line(error)}") from error
+        raise ExportError(f"the loss does not run on the example: {explain(error)}") from error
     if not isinstance(value, torch.Tensor) or value.shape != () or value.dtype != torch.float32:
         shape = getattr(value, "shape", type(value).__name__)
         raise UnsupportedModel(f"the loss must be one float32 number of shape (), not {shape}: take the mean")
@@ -213,7 +243,31 @@ def _try(
     for output in outputs:
         if output.ndim < 1 or output.shape[0] != target.shape[0] or output.dtype not in DTYPES:
             raise UnsupportedModel(f"every output must have the batch first, not shape {tuple(output.shape)}")
+    if loss.kind == "custom":
+        _check_mean(loss, returned, target, float(value))
     return outputs
+
+
+def _check_mean(loss: Loss, returned: object, target: torch.Tensor, once: float) -> None:
+    """Refuses a loss that is a sum: its steps would grow with the batch size.
+
+    A mean does not change when the batch is repeated; a contrastive loss may, but ever more slowly.
+    """
+
+    def repeated(times: int) -> float:
+        values = [torch.cat([output.detach()] * times) for output in as_outputs(returned)]
+        again = values[0] if isinstance(returned, torch.Tensor) else type(returned)(values)  # type: ignore[call-arg]
+        return float(loss.reference(again, torch.cat([target] * times)))
+
+    try:
+        twice, four = repeated(2), repeated(4)
+    except Exception as error:
+        raise ExportError(f"the loss does not run on a batch of another size: {explain(error)}") from error
+    growth = twice - once
+    if abs(growth) > 1e-3 * abs(once) and abs(four - twice) > 1.5 * abs(growth):
+        raise UnsupportedModel(
+            f"the loss grows with the batch: take the mean ({once:g} on the example, {twice:g} on the example twice)"
+        )
 
 
 def _input_names(module: nn.Module, count: int) -> list[str]:
@@ -227,8 +281,9 @@ def _input_names(module: nn.Module, count: int) -> list[str]:
     usable = len(names) >= count and not any(
         name in taken or name.startswith("output") for name in names[:count]
     )
-    return names[:count] if usable else [f"input_{i}" for i in range(count)]
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+    if usable:
+        return names[:count]
+    prefix = "input_"
+    while any(f"{prefix}{i}" in taken for i in range(count)):
+        prefix += "_"
+    return [f"{prefix}{i}" for i in range(count)]

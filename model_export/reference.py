@@ -14,15 +14,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from model_export.errors import ExportError, UnsupportedModel
-from model_export.model import Model, as_outputs, explain
+from model_export.errors import ExportError, UnsupportedModel, explain
+from model_export.model import Model, as_outputs
 
 LEARNING_RATE, MOMENTUM = 0.05, 0.9
 
 Float64 = npt.NDArray[np.float64]
 
 
-class NoDoubleReference(Exception):  # noqa: N818 - a signal between two functions
+class NoDoubleReference(Exception):
     """The model does not compute in float64; use float32."""
 
 
@@ -117,7 +117,9 @@ def _precision(dtype: torch.dtype, size: int) -> Iterator[None]:
             raise NoDoubleReference from error
         if isinstance(error, ExportError):
             raise
-        raise ExportError(f"the model does not train in torch at batch size {size}: {explain(error)}") from error
+        raise ExportError(
+            f"the model does not train in torch at batch size {size}: {explain(error)}"
+        ) from error
     finally:
         torch.set_default_dtype(default)
 

@@ -23,6 +23,7 @@ from aggregator.core.selection import draw_cohort
 from aggregator.core.state import Round, State
 from edge_runtime.protocol.errors import LocalProtocolError
 from edge_runtime.protocol.ids import DeviceId, Digest, RoundId
+from edge_runtime.protocol.manifest import MAX_COHORT
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.rounds import Phase, Verdict
 
@@ -53,7 +54,7 @@ class RoundRules:
 
     def size_of(self, available: int) -> int:
         """How many of ``available`` free devices to select."""
-        return max(self.cohort, math.floor(self.share * available))
+        return min(MAX_COHORT, max(self.cohort, math.floor(self.share * available)))
 
     def goal_of(self, selected: int) -> int:
         """The goal in a round of so many: in proportion above ``cohort``, never more than there are."""

@@ -124,6 +124,12 @@ class Transport(Protocol):
         Raises PayloadTooLarge, NotConnected (Congested if the window stays full); in each case nothing was sent.
         """
 
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until the broker has taken all that was published; False if it has not after ``timeout_s``.
+
+        True without a connection, too: nothing is on its way then.
+        """
+
     def subscribe(self, pattern: str) -> None:
         """QoS 1; remembered and asked for again at every connect. A publish after it sees it in force."""
 

@@ -277,6 +277,10 @@ class MemoryTransport:
         self.counters.bytes_up += check_fits(topic, payload, self._broker.max_packet_bytes)
         self._broker._publish(topic, bytes(payload), retain)
 
+    def flush(self, timeout_s: float) -> bool:
+        """See ``Transport``; the broker takes everything at once."""
+        return True
+
     def subscribe(self, pattern: str) -> None:
         """See ``Transport``."""
         check_pattern(pattern)

@@ -118,6 +118,19 @@ class MqttTransport:
             self.counters.bytes_up += size
         connection.publish(topic, payload, retain)
 
+    def flush(self, timeout_s: float) -> bool:
+        """See ``Transport``."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while (connection := self._connection) is not None and connection.inflight > 0:
+                connection.publishers += 1  # so that acknowledgements are read whatever else waits
+                connection.wake()
+                in_time = self._changed.wait(max(deadline - time.monotonic(), 0.0))
+                connection.publishers -= 1
+                if not in_time:
+                    return False
+        return True
+
     def subscribe(self, pattern: str) -> None:
         """See ``Transport``. A refusal by the broker's ACL is logged as an error."""
         check_pattern(pattern)
@@ -151,11 +164,7 @@ class MqttTransport:
 
     def close(self) -> None:
         """See ``Transport``."""
-        deadline = time.monotonic() + FAREWELL_S
-        with self._changed:
-            while self._connection is not None and self._connection.inflight > 0:
-                if not self._changed.wait(max(deadline - time.monotonic(), 0.0)):
-                    break
+        self.flush(FAREWELL_S)
         self._stop()
 
     def _stop(self) -> None:

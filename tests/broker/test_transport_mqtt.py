@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -176,4 +178,17 @@ def test_a_killed_broker_is_an_event_and_the_transport_comes_back(broker: Broker
     wait_for(transport, Connected)
     transport.publish("stays/x", b"1")
     assert wait_for(transport, Received).payload == b"1"
+    transport.close()
+
+
+def test_flush_says_that_a_frozen_broker_has_not_taken_everything(broker: BrokerUnderTest) -> None:
+    transport = broker.transport("flusher")
+    transport.open()
+    os.kill(broker.pid, signal.SIGSTOP)
+    try:
+        transport.publish("flush/x", b"1")
+        assert not transport.flush(0.2)
+    finally:
+        os.kill(broker.pid, signal.SIGCONT)
+    assert transport.flush(10.0)
     transport.close()

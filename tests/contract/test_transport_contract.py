@@ -123,6 +123,13 @@ def test_a_message_reaches_exactly_the_subscribers_of_its_topic(room: Room, clos
     assert receive(other).topic == "b/end"
 
 
+def test_flush_ends_when_the_broker_has_taken_everything(room: Room, closing: ExitStack) -> None:
+    transport = _open(room, closing)
+    for _ in range(50):
+        transport.publish("flush/x", bytes(1000))
+    assert transport.flush(10.0)
+
+
 def test_an_unsubscribed_topic_is_silent(room: Room, closing: ExitStack) -> None:
     transport = _open(room, closing)
     transport.subscribe("quiet/#")
