@@ -139,6 +139,7 @@ def _figures(
         seed=options.seed,
         broker=broker,
         samples=samples,
+        held_out=len(split.held_out.y),
         parameters=artifact.manifest.parameter_count,
         accuracy=float((predictions == split.held_out.y).mean()),
         accuracy_npz=evaluator.of_npz(folders.model / "model.npz"),

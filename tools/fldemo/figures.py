@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class Figures:
     seed: int
     broker: str
     samples: Mapping[str, int]
+    held_out: int
     parameters: int
     accuracy: float
     accuracy_npz: float
@@ -71,6 +73,11 @@ class Figures:
     total_s: float
     files: tuple[str, ...]
     violations: tuple[str, ...]
+
+    @property
+    def error_points(self) -> float:
+        """Standard error of ``accuracy`` in percentage points: what a draw of so many held-out digits can tell."""
+        return 100 * math.sqrt(self.accuracy * (1 - self.accuracy) / self.held_out)
 
     @property
     def gap_points(self) -> float:

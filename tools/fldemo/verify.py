@@ -11,7 +11,8 @@ from fldemo.scenario import LEAST_ROUNDS
 
 MOSQUITTO = "mosquitto"  # as in aggregator.broker.KINDS
 LIMIT_POINTS = 2.0
-"""Federated at most so many percentage points below central training; one point is four of 360 digits."""
+"""Federated at most so many percentage points below central training, give or take one standard error: with 360
+held-out digits a point is four of them, and the error of an accuracy of 97 % is 0.9 points."""
 LIMIT_BYTES_PER_PARAMETER = 1.1
 LIMIT_TOTAL_PSS = 1.3e9
 LIMIT_DEVICE_PSS = 100e6
@@ -65,8 +66,9 @@ def _figures(figures: Figures) -> tuple[Check, ...]:
     per = figures.update_bytes_per_parameter
     checks = [
         Check(
-            figures.gap_points <= LIMIT_POINTS,
-            f"federated is at most {LIMIT_POINTS:g} points below central training: {figures.gap_points:+.1f} below",
+            figures.gap_points <= LIMIT_POINTS + figures.error_points,
+            f"federated is at most {LIMIT_POINTS:g} points below central training: {figures.gap_points:+.1f} below "
+            f"(standard error {figures.error_points:.1f})",
         ),
         Check(
             per is not None and per <= LIMIT_BYTES_PER_PARAMETER,
