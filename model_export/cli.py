@@ -53,9 +53,9 @@ def build(
 
     - *loss*: "cross_entropy", "bce_with_logits", "mse", or a function (outputs, target) -> scalar mean
 
-    Loss, outputs and every gradient are compared with torch in float64, at batch sizes 1, n (yours) and 61; two steps of SGD
-    with momentum and clipping as well. If anything differs, or an operator has no gradient rule, the command
-    says what and where, exits with 1, and writes nothing.
+    Loss, outputs and every gradient are compared with torch in float64, at batch sizes 1, n (yours) and 61; two
+    steps of SGD with momentum and clipping as well. If anything differs, or an operator has no gradient rule, the
+    command says what and where, exits with 1, and writes nothing.
 
     Example: **model-export build my_module:build --out artifact/**. Next: `aggregator init --artifact artifact/`.
     """

@@ -159,13 +159,14 @@ def _check_module(module: nn.Module) -> None:
             raise UnsupportedModel(f"{type(child).__name__} at {path}: set its probability to 0; {_LATER}")
         if isinstance(child, nn.Embedding | nn.EmbeddingBag):
             for option, remedy in _EMBEDDING.items():
-                if getattr(child, option, None) not in (None, False):
+                value = getattr(child, option, None)
+                if value is not None and value is not False:  # 0 is a padding index
                     raise UnsupportedModel(
                         f"{type(child).__name__} at {path or 'the top'}: {option} is not covered; {remedy}"
                     )
         if child._backward_hooks or child._backward_pre_hooks:
             raise UnsupportedModel(
-                f"{type(child).__name__} at {path or 'the top'} has a backward hook, which no graph can hold: remove it"
+                f"{type(child).__name__} at {path or 'the top'} has a backward hook: remove it, a graph has none"
             )
     if buffers := [name for name, _ in module.named_buffers()]:
         raise UnsupportedModel(
@@ -183,7 +184,7 @@ def _check_module(module: nn.Module) -> None:
             raise UnsupportedModel(f"parameter {name} is frozen (requires_grad=False); {_LATER}")
         if value._backward_hooks or getattr(value, "_post_accumulate_grad_hooks", None):
             raise UnsupportedModel(
-                f"parameter {name} has a gradient hook, which no graph can hold: remove it (clipping is in the plan)"
+                f"parameter {name} has a gradient hook: remove it, no graph can hold it (the plan can clip)"
             )
         if not _NAME.fullmatch(name):
             raise UnsupportedModel(f"parameter {name!r}: a name is 1-200 of A-Z a-z 0-9 _ . -")
@@ -228,7 +229,7 @@ def _try(
         )
     if loss.kind == "cross_entropy" and not 0 <= int(target.min()) <= int(target.max()) < outputs[0].shape[1]:
         raise ExportError(
-            f"the example's labels must be in 0..{outputs[0].shape[1] - 1}, the classes of the output; they go from "
+            f"the example's labels must be in 0..{outputs[0].shape[1] - 1}, the output's classes; they go from "
             f"{int(target.min())} to {int(target.max())}. For labels that do not count pass the loss as a function"
         )
     try:
@@ -244,7 +245,7 @@ def _try(
         if output.ndim < 1 or output.shape[0] != target.shape[0] or output.dtype not in DTYPES:
             raise UnsupportedModel(f"every output must have the batch first, not shape {tuple(output.shape)}")
     if loss.kind == "custom":
-        _check_mean(loss, returned, target, float(value))
+        _check_mean(loss, returned, target, float(value.detach()))
     return outputs
 
 
@@ -266,7 +267,7 @@ def _check_mean(loss: Loss, returned: object, target: torch.Tensor, once: float)
     growth = twice - once
     if abs(growth) > 1e-3 * abs(once) and abs(four - twice) > 1.5 * abs(growth):
         raise UnsupportedModel(
-            f"the loss grows with the batch: take the mean ({once:g} on the example, {twice:g} on the example twice)"
+            f"the loss grows with the batch: take the mean ({once:g} on the example, {twice:g} on it twice)"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def _checks(model: Model, artifact: Artifact, dtype: torch.dtype) -> list[Check]
         with _runs(size):
             measured = _measured_values(model, artifact, session, size)
         checks += _compare(
-            size, measured, expected, dtype, lambda size=size: reference_values(model, size, torch.float32)
+            size, measured, expected, dtype, partial(reference_values, model, size, torch.float32)
         )
     size = batch_sizes(model)[0]
     expected = reference_steps(model, size, max_norm, dtype)
@@ -108,7 +109,7 @@ def _checks(model: Model, artifact: Artifact, dtype: torch.dtype) -> list[Check]
         with _runs(size):
             measured = _measured_steps(model, session, size, max_norm, way)
         compared = _compare(
-            size, measured, expected, dtype, lambda: reference_steps(model, size, max_norm, torch.float32)
+            size, measured, expected, dtype, partial(reference_steps, model, size, max_norm, torch.float32)
         )
         names = {"norm": f"gradient norm ({way} step)", "parameter": f"parameters after 2 {way} steps"}
         for kind, name in names.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,7 +60,7 @@ def reference_values(model: Model, size: int, dtype: torch.dtype) -> dict[str, F
     return values
 
 
-def reference_steps(model: Model, size: int, max_norm: float, dtype: torch.dtype) -> Mapping[str, Float64]:
+def reference_steps(model: Model, size: int, max_norm: float, dtype: torch.dtype) -> dict[str, Float64]:
     """{"norm 1", "norm 2", "parameter <name>"}: two steps of torch.optim.SGD, clipped to ``max_norm``.
 
     Raises NoDoubleReference (float64 only), ExportError.

@@ -6,7 +6,6 @@ import re
 import traceback
 from typing import Any
 
-import sympy
 from torch.export import ExportedProgram
 from torch.utils._sympy.numbers import int_oo
 
@@ -39,13 +38,13 @@ def check_any_batch(program: ExportedProgram) -> None:
 
 def _holds(condition: Any, batch: int) -> bool:
     """A sympy relation with every symbol at ``batch``: all of them stand for it."""
-    return bool(condition.subs(dict.fromkeys(condition.free_symbols, batch)) != sympy.false)
+    return str(condition.subs(dict.fromkeys(condition.free_symbols, batch))) != "False"
 
 
 def _branches(where: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"the model does something else at other batch sizes (what was traced holds {where}): a branch or a size in "
-        "forward() depends on x.shape[0]; devices use any batch size, so take that out"
+        f"the model does something else at other batch sizes (what was traced holds {where}): a branch or a size "
+        "in forward() depends on x.shape[0]; devices use any batch size, so take that out"
     )
 
 
@@ -79,15 +78,16 @@ def export_failure(error: BaseException) -> str:
         operator = re.search(r"op='([\w.]+)'", str(cause))
         where = _module_of_node(chain)
         return (
-            f"torch has no ONNX form of the operator {operator[1] if operator else cause}{where}. What can be done: "
-            "replace it by other torch operators"
+            f"torch has no ONNX form of the operator {operator[1] if operator else cause}{where}. What can be "
+            "done: replace it by other torch operators"
         )
-    if kind in ("GuardOnDataDependentSymNode", "UserError", "Unsupported", "UncapturedHigherOrderOpError"):
+    if kind == "GuardOnDataDependentSymNode" or re.search(
+        r"data-dependent|dynamic control flow", str(cause), re.I
+    ):
         told = re.search(r'File "([^"]+)", line (\d+)', str(cause))
-        place = explain(cause).rpartition(" (")[2].rstrip(")") if "(" in explain(cause) else ""
-        place = f"{told[1]}:{told[2]}" if told else place
+        place = f"{told[1]}:{told[2]}" if told else explain(cause)
         return (
-            f"the model branches on the values of a tensor, or needs one as a Python number ({place}): only one branch "
-            "can be exported. Use torch.where, or take the branch out"
+            f"the model branches on the values of a tensor, or needs one as a Python number ({place}): only one "
+            "branch can be exported. Use torch.where, or take the branch out"
         )
     return f"torch cannot export the model for any batch size: {explain(cause)}"

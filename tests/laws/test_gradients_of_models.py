@@ -149,4 +149,4 @@ def test_a_model_is_exported_and_agrees_with_torch(name: str) -> None:
     assert max(check.error for check in result.checks) < 1e-4
     gradients = {(check.what, check.batch) for check in result.checks if check.what.startswith("gradient ")}
     for spec in result.artifact.manifest.parameters:
-        assert len([1 for what, _ in gradients if what == f"gradient {spec.name}"]) == 2
+        assert len([1 for what, _ in gradients if what == f"gradient {spec.name}"]) == 3

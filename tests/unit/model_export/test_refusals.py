@@ -44,6 +44,18 @@ class Unused(Head):
         self.forgotten = nn.Linear(2, 2)
 
 
+def hooked() -> nn.Module:
+    module = nn.Linear(4, 4)
+    module.weight.register_hook(lambda gradient: gradient / 2)
+    return module
+
+
+def hooked_backward() -> nn.Module:
+    module = nn.Linear(4, 4)
+    module.register_full_backward_hook(lambda module, gradients, outputs: None)
+    return module
+
+
 class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -62,6 +74,11 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "no parameters": (nn.ReLU(), r"0 parameter tensors"),
     "taken name": (Named(), r"parameter theta: the graphs use this name"),
     "unused parameters": (Unused(), r"does not use the parameters forgotten.weight, forgotten.bias"),
+    "padding index": (nn.Sequential(nn.Embedding(9, 4, padding_idx=0)), "Embedding at 0: padding_idx is not"),
+    "max norm": (nn.Embedding(9, 4, max_norm=1.0), "Embedding at the top: max_norm .* normalise"),
+    "scaled gradients": (nn.Embedding(9, 4, scale_grad_by_freq=True), "scale_grad_by_freq .* leave it out"),
+    "gradient hook": (hooked(), "parameter weight has a gradient hook"),
+    "backward hook": (hooked_backward(), "Linear at the top has a backward hook"),
     "functional dropout": (Head(lambda x: F.dropout(x, 0.5)), r"Dropout in Head"),
 }
 
@@ -116,7 +133,10 @@ def test_a_wrong_rule_makes_no_artifact(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_loss_the_exporter_gets_wrong_makes_no_artifact() -> None:
     # torch's exporter leaves label smoothing out
-    with pytest.raises(ParityError, match="loss at batch 3"):
+    with pytest.raises(
+        ParityError,
+        match=r"loss at batch 3.* leaves out label smoothing \(write it out\) and torch.no_grad\(\)",
+    ):
         export(
             Head(torch.tanh), loss=lambda output, target: F.cross_entropy(output, target, label_smoothing=0.2)
         )
@@ -132,6 +152,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "batch sizes": ({"target": torch.arange(4)}, "batches of one size"),
     "input shape": ({"inputs": (torch.randn(3, 5),)}, "does not run on the example inputs: RuntimeError"),
     "input dtype": ({"inputs": (X.double(),)}, "an example is torch.float64"),
+    "negative label": (
+        {"target": Y - 1},
+        r"labels must be in 0\.\.3, .* from -1 to 1. For labels that do not count",
+    ),
+    "label too large": ({"target": Y + 2}, r"labels must be in 0\.\.3, .* from 2 to 4"),
     "not finite": ({"inputs": (X / 0,)}, "must be finite"),
 }
 
@@ -141,6 +166,51 @@ def test_a_mistake_in_build_is_explained(name: str) -> None:
     arguments, message = MISTAKES[name]
     with pytest.raises(ExportError, match=message):
         export(nn.Linear(4, 4), **arguments)
+
+
+def test_an_operator_that_torch_cannot_write_is_named_with_its_module() -> None:
+    with pytest.raises(
+        ExportError, match=r"no ONNX form of the operator aten.adaptive_max_pool2d in 0 \(AdaptiveMaxPool2d\)"
+    ):
+        export(
+            nn.Sequential(nn.AdaptiveMaxPool2d(3), nn.Flatten(), nn.Linear(9, 4)), (torch.randn(3, 1, 7, 7),)
+        )
+
+
+def test_a_branch_on_values_is_explained_and_torch_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(
+        ExportError, match=r"branches on the values of a tensor.*test_refusals.py:\d+\): .* torch.where"
+    ):
+        export(Head(lambda h: h * 2 if h.sum() > 0 else h))
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+
+
+def test_an_error_in_build_is_shown_with_its_line() -> None:
+    def build() -> object:
+        raise ValueError("no data folder")
+
+    with pytest.raises(
+        ExportError, match=r"build\(\) fails: ValueError: no data folder \(.*test_refusals.py:\d+\)"
+    ):
+        build_artifact(build, name="model", seed=0)
+
+
+def test_a_bad_name_is_refused_before_anything_runs() -> None:
+    with pytest.raises(ExportError, match="the name 'my model' must be 1-200"):
+        build_artifact(lambda: pytest.fail("build ran"), name="my model", seed=0)
+
+
+def test_an_input_never_takes_the_name_of_a_parameter() -> None:
+    class Taken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.input_0 = nn.Parameter(torch.randn(4))
+
+        def forward(self, *values: torch.Tensor) -> torch.Tensor:
+            return values[0] * self.input_0
+
+    assert [spec.name for spec in export(Taken()).model.input_specs] == ["input__0"]
 
 
 def test_build_must_return_four_things() -> None:
