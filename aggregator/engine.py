@@ -162,9 +162,9 @@ class Engine:
     def _perform(self, effect: core.Effect, work: Work) -> None:
         match effect:
             case core.PrepareRound():
-                event = self.maker.prepare(effect, self._theta)
-                self._plan = _read_manifest(event.manifest, self.federation).plan
-                self._step(event, work)
+                opened = self.maker.prepare(effect, self._theta)
+                self._plan = _read_manifest(opened.manifest, self.federation).plan
+                self._step(core.RoundPrepared(opened), work)
                 work.say(
                     "round_opened",
                     round=effect.round_id.number,

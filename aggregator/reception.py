@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from aggregator.blob_server import BlobServer
 from aggregator.core import step as core
+from aggregator.core.records import UpdateStored
 from aggregator.core.state import State
 from aggregator.inbox.updates import UpdateInbox
 from aggregator.intake import (
@@ -166,8 +167,8 @@ class Reception:
             raise
         if samples is not None:
             counted = min(samples, self.plan().sample_cap)
-            arrived = core.UpdateArrived(device=device, round_id=round_id, digest=digest, samples=counted)
-            self.decide(arrived, work)
+            update = UpdateStored(device=device, round_id=round_id, digest=digest, samples=counted)
+            self.decide(core.UpdateArrived(update), work)
             work.say("update_stored", round=round_id.number, device=device, samples=counted)
 
     def _settled(self, about: About) -> tuple[Verdict | Reject | None, int]:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from aggregator.blob_server import BlobServer
-from aggregator.core.step import PrepareRound, RoundPrepared
+from aggregator.core.records import RoundOpened
+from aggregator.core.step import PrepareRound
 from aggregator.round_keys import RoundKeys
 from aggregator.work import Outgoing
 from edge_runtime.protocol import certificates, topics
@@ -89,7 +90,7 @@ class RoundMaker:
                 f"{self.blobs.chunk_bytes}: double [delivery] chunk_bytes"
             )
 
-    def prepare(self, effect: PrepareRound, theta: Vector) -> RoundPrepared:
+    def prepare(self, effect: PrepareRound, theta: Vector) -> RoundOpened:
         """The round's key on disk, its blobs on offer, its manifest signed. Raises CertificateError."""
         self.identity.check(self.provider, effect.round_id.number)
         key = self.keys.create(effect.round_id)
@@ -107,7 +108,7 @@ class RoundMaker:
         )
         self.blobs.withdraw_all_but({cohort.digest, manifest.model.digest, manifest.artifact.digest})
         signed, digest = self._signed(manifest)
-        return RoundPrepared(
+        return RoundOpened(
             round_id=effect.round_id,
             base_version=effect.base_version,
             cohort=effect.cohort,

@@ -100,26 +100,18 @@ class CheckInArrived:
     codecs: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RoundPrepared:
     """The shell made the round's key, cohort blob and signed manifest that ``PrepareRound`` asked for."""
 
-    round_id: RoundId
-    base_version: int
-    cohort: tuple[DeviceId, ...]
-    deadline: float
-    manifest: bytes
-    manifest_digest: Digest
+    opened: RoundOpened
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class UpdateArrived:
-    """A screened update whose content has been opened and checked; ``samples`` is n_k after the cap."""
+    """A screened update whose content has been opened and checked."""
 
-    device: DeviceId
-    round_id: RoundId
-    digest: Digest
-    samples: int
+    update: UpdateStored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,9 +260,9 @@ def step(state: State, rules: RoundRules, run_seed: bytes, now: float, event: Ev
             # The ticket counts from the commit on: the shell ticks after every batch.
             return Decision((record,), (), now)
         case RoundPrepared():
-            return _open(state, event)
+            return _open(state, event.opened)
         case UpdateArrived():
-            return _store(state, rules, event)
+            return _store(state, rules, event.update)
         case Aggregated():
             current = _expect(state, event.round_id, Phase.FROZEN)
             excluded = {device for device, _ in event.excluded}
@@ -303,33 +295,29 @@ def _expect(state: State, round_id: RoundId, phase: Phase) -> Round:
     return current
 
 
-def _open(state: State, event: RoundPrepared) -> Decision:
+def _open(state: State, opened: RoundOpened) -> Decision:
     expected = RoundId(state.generation, (state.round.round_id.number if state.round else 0) + 1)
     idle = state.phase in (None, Phase.PUBLISHED, Phase.ABORTED)
-    if not idle or event.round_id != expected or event.base_version != state.version:
-        raise LocalProtocolError(f"round {tuple(event.round_id)} was prepared out of turn")
-    opened = RoundOpened(**event.__dict__)
-    return Decision((opened,), (PublishManifest(manifest=event.manifest),), event.deadline)
+    if not idle or opened.round_id != expected or opened.base_version != state.version:
+        raise LocalProtocolError(f"round {tuple(opened.round_id)} was prepared out of turn")
+    return Decision((opened,), (PublishManifest(manifest=opened.manifest),), opened.deadline)
 
 
-def _store(state: State, rules: RoundRules, event: UpdateArrived) -> Decision:
-    current = _expect(state, event.round_id, Phase.COLLECTING)
-    settled = screen(state, event.device, event.round_id, current.manifest_digest, event.digest)
+def _store(state: State, rules: RoundRules, stored: UpdateStored) -> Decision:
+    current = _expect(state, stored.round_id, Phase.COLLECTING)
+    settled = screen(state, stored.device, stored.round_id, current.manifest_digest, stored.digest)
     if settled is not None:
         raise LocalProtocolError(f"an update reached the core that screening settles as {settled}")
-    stored = UpdateStored(
-        round_id=event.round_id, device=event.device, digest=event.digest, samples=event.samples
-    )
     receipt = SendReceipt(
-        device=event.device,
-        round_id=event.round_id,
-        digest=event.digest,
+        device=stored.device,
+        round_id=stored.round_id,
+        digest=stored.digest,
         verdict=Verdict.STORED,
-        samples=event.samples,
+        samples=stored.samples,
     )
     if len(state.stored) + 1 < rules.goal_of(len(current.cohort)):
         return Decision((stored,), (receipt,))
-    frozen, aggregate = _freeze(current, (*state.stored, event.device))
+    frozen, aggregate = _freeze(current, (*state.stored, stored.device))
     return Decision((stored, frozen), (receipt, aggregate))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from aggregator.core.records import Record
+from aggregator.core.records import Record, RoundOpened, UpdateStored
 from aggregator.core.state import State, apply
 from aggregator.core.step import (
     Aggregate,
@@ -193,7 +193,9 @@ class Shell:
         settled = screen(self.state, device, current.round_id, current.manifest_digest, digest)
         if settled is not None:
             return settled
-        return self.send(UpdateArrived(device=device, round_id=current.round_id, digest=digest, samples=7))
+        return self.send(
+            UpdateArrived(UpdateStored(device=device, round_id=current.round_id, digest=digest, samples=7))
+        )
 
     def _work(self, how: Work) -> Decision | None:
         if not self.todo:
@@ -202,7 +204,9 @@ class Shell:
             case PrepareRound() as asked:
                 manifest = b"manifest %d %d" % asked.round_id
                 return self.send(
-                    RoundPrepared(**asked.__dict__, manifest=manifest, manifest_digest=sha256(manifest))
+                    RoundPrepared(
+                        RoundOpened(**asked.__dict__, manifest=manifest, manifest_digest=sha256(manifest))
+                    )
                 )
             case Aggregate() as asked:
                 if how.fails:

@@ -249,8 +249,12 @@ def test_recovery_asks_again_for_what_the_phase_still_needs(before: list[Operati
         Aggregated(round_id=ONE, model_digest=sha256(b"m")),
         AggregationFailed(round_id=ONE, reason=""),
         VersionPublished(round_id=ONE),
-        UpdateArrived(device=DEVICES[0], round_id=RoundId(1, 2), digest=sha256(b"u"), samples=1),
-        UpdateArrived(device=DeviceId("stranger"), round_id=ONE, digest=sha256(b"u"), samples=1),
+        UpdateArrived(
+            UpdateStored(device=DEVICES[0], round_id=RoundId(1, 2), digest=sha256(b"u"), samples=1)
+        ),
+        UpdateArrived(
+            UpdateStored(device=DeviceId("stranger"), round_id=ONE, digest=sha256(b"u"), samples=1)
+        ),
     ],
 )
 def test_an_event_out_of_turn_is_our_own_bug(
@@ -264,12 +268,14 @@ def test_an_event_out_of_turn_is_our_own_bug(
 def test_a_second_round_cannot_open_beside_an_open_one() -> None:
     shell = collecting()
     again = RoundPrepared(
-        round_id=RoundId(1, 2),
-        base_version=0,
-        cohort=DEVICES[:4],
-        deadline=shell.now,
-        manifest=b"m",
-        manifest_digest=sha256(b"m"),
+        RoundOpened(
+            round_id=RoundId(1, 2),
+            base_version=0,
+            cohort=DEVICES[:4],
+            deadline=shell.now,
+            manifest=b"m",
+            manifest_digest=sha256(b"m"),
+        )
     )
     with pytest.raises(LocalProtocolError):
         shell.send(again)
@@ -354,12 +360,14 @@ def test_a_raised_generation_aborts_the_open_round_and_counts_on() -> None:
 def test_a_round_prepared_out_of_turn_is_our_own_bug() -> None:
     shell = collecting()
     prepared = RoundPrepared(
-        round_id=RoundId(1, 2),
-        base_version=0,
-        cohort=tuple(DEVICES[:4]),
-        deadline=9.0,
-        manifest=b"m",
-        manifest_digest=sha256(b"m"),
+        RoundOpened(
+            round_id=RoundId(1, 2),
+            base_version=0,
+            cohort=tuple(DEVICES[:4]),
+            deadline=9.0,
+            manifest=b"m",
+            manifest_digest=sha256(b"m"),
+        )
     )
     with pytest.raises(LocalProtocolError, match="out of turn"):
         step(shell.state, RULES, RUN_SEED, 1.0, prepared)

@@ -51,7 +51,7 @@ def opened(running: Service) -> RoundOpened:
     engine = running.engine
     theta = engine.versions.read_parameters(0, engine.versions.initial_digest())
     effect = PrepareRound(round_id=ONE, base_version=0, cohort=(A,), deadline=4e9)
-    return RoundOpened(**engine.maker.prepare(effect, theta).__dict__)
+    return engine.maker.prepare(effect, theta)
 
 
 def leave_a_piece(running: Service) -> Piece:
