@@ -47,7 +47,6 @@ IDLE_WAIT_S = 0.5
 LINGER_S = 2.0  # after the last round: late devices still get their receipts
 LEDGER_FILE = "ledger.sqlite"
 SEED_FILE = "run_seed"
-HOLDER_FILE = "holder"
 
 
 def open_ledger(config: AggregatorConfig, *, read_only: bool = False) -> Ledger:
@@ -176,7 +175,8 @@ class Service:
         config = self.config
         ledger = stack.enter_context(closing(open_ledger(config)))
         ledger.claim(
-            self._holder(),
+            # Without the host's name, which a container changes: whoever has this folder's lock may claim again.
+            str(config.folder.resolve()),
             take_over=self.take_over,
             generation=config.generation,
         )
@@ -216,13 +216,6 @@ class Service:
             report=self.report,
             keep_updates=config.keep_updates,
         )
-
-    def _holder(self) -> str:
-        """Names this folder, whatever host it is mounted on: whoever has its lock may claim the ledger again."""
-        path = self.config.folder / HOLDER_FILE
-        if not path.exists():
-            write_atomic(path, os.urandom(16).hex().encode())
-        return f"the folder {path.read_text()}"
 
     def _identity(self) -> Identity:
         config = self.config

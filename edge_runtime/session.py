@@ -190,6 +190,8 @@ class Session:
             raise RemoteProtocolError(Reject.WRONG_ROUND, "manifest and its header speak of different rounds")
         digest = sha256(envelope.body)
         if digest == self._manifest_digest:
+            # Said again because broker or aggregator started anew: the last check-in may have been lost with it.
+            self._checkin_at = min(self._checkin_at, now)
             return
         if manifest.round_id < self.highest_round:
             raise RemoteProtocolError(

@@ -13,9 +13,10 @@ from aggregator.config import AggregatorConfig, load_aggregator_config
 from aggregator.core.records import RoundAborted, RoundOpened, RoundPublished
 from aggregator.core.step import PrepareRound
 from aggregator.intake import UpdatePiece
+from aggregator.ledger.errors import LedgerInUseError
 from aggregator.ledger.values import Batch, Count, Piece
 from aggregator.round_maker import ArtifactChanged, ChunksTooSmall
-from aggregator.service import Service
+from aggregator.service import Service, open_ledger
 from aggregator.setup import initialise
 from aggregator.work import Work
 from edge_runtime.protocol import topics
@@ -166,12 +167,12 @@ def test_an_open_round_of_another_artifact_is_refused_at_the_start(
             running.engine.start()
 
 
-def test_a_clean_stop_lets_another_folder_claim_the_ledger(config: AggregatorConfig) -> None:
-    with service(config):
-        pass
-    (config.folder / "holder").write_text("another")
-    with service(config) as running:
-        assert running.engine.state.version == 0
+def test_a_clean_stop_lets_another_holder_claim_the_ledger(config: AggregatorConfig) -> None:
+    with service(config) as running, pytest.raises(LedgerInUseError):
+        running.engine.ledger.claim("another")
+    ledger = open_ledger(config)
+    ledger.claim("another")
+    ledger.close()
 
 
 def test_an_update_in_many_pieces_that_comes_late_is_answered_and_counted_once(

@@ -404,3 +404,13 @@ def test_the_next_update_starts_with_short_pauses_again() -> None:
     wake = device.session.wake_at()
     assert wake is not None
     assert wake - device.now < RESEND_BASE_S / 2 + 2 * RESEND_BASE_S
+
+
+def test_a_manifest_said_again_is_answered_by_a_check_in_since_the_last_may_be_lost() -> None:
+    device = ready()
+    published = device.aggregator.manifest(1, cohort=("device-b",))
+    device.hear_manifest(published)
+    device.fetch_all()
+    sent = len(device.checkins())
+    device.hear_manifest(published)
+    assert len(device.checkins()) == sent + 1
