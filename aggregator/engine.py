@@ -29,7 +29,7 @@ from edge_runtime.protocol.ids import FederationId, RoundId
 from edge_runtime.protocol.kinds import Kind
 from edge_runtime.protocol.manifest import Manifest
 from edge_runtime.protocol.plan import Plan
-from edge_runtime.protocol.rounds import FederationState, Phase
+from edge_runtime.protocol.rounds import MOVES, FederationState, Phase
 from edge_runtime.protocol.tensors import Vector
 
 
@@ -83,9 +83,7 @@ class Engine:
     def start(self) -> None:
         """Recover: what the journal says is open goes on, from exactly the bytes it had."""
         current = self.state.round
-        open_round = current if current is not None and current.phase is not Phase.PUBLISHED else None
-        if open_round is not None and open_round.phase is Phase.ABORTED:
-            open_round = None
+        open_round = current if current is not None and MOVES[current.phase] else None
         self.keys.destroy_all_but(open_round.round_id if open_round else None)
         self._forget_closed_rounds(open_round.round_id if open_round else None)
         self._theta = self._read_theta(self.state.version)

@@ -252,18 +252,19 @@ def _spawn(command: Sequence[str], folder: Path, *, pipe: bool) -> subprocess.Po
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=None if pipe else _die_with_parent(),
+            preexec_fn=None if pipe else die_with_parent(signal.SIGTERM),
         )
 
 
-def _die_with_parent() -> Callable[[], None] | None:
+def die_with_parent(number: signal.Signals) -> Callable[[], None] | None:
+    """For ``preexec_fn``: the child gets this signal when its parent dies. None where there is no such thing."""
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.CDLL(None)  # loaded before the fork: the child only makes the call
     parent = os.getpid()
 
     def in_child() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        libc.prctl(_PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:  # it died in between
             os._exit(1)
 

@@ -108,7 +108,10 @@ def test_an_aggregator_that_dies_after_every_few_operations_makes_the_same_model
             lives += 1
             # A life in which the federation is finished may have nothing left to do, and so nothing to die of.
             eventually(lambda: life.crashed or bool(life.seen("finished")), "the end of a life")
-            life.kill()
+            if life.crashed:
+                assert life.wait() == -signal.SIGKILL, life.output()
+            else:
+                life.kill()
             assert lives < 100, fed.aggregator.output()
         assert lives > 5
         fed.aggregator.start()

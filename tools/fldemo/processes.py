@@ -7,7 +7,6 @@ main thread. ``Supervisor`` as a context manager ends them all in every other ca
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import queue
@@ -22,11 +21,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from aggregator.broker import die_with_parent
 from edge_runtime.protocol.errors import FleetgradError
 
 TAIL_LINES = 15
 _POLL_S = 0.2
-_PR_SET_PDEATHSIG = 1
 
 
 class ProcessError(FleetgradError):
@@ -217,7 +216,7 @@ class Supervisor:
                     env=self._environment,
                     # A group of its own: Ctrl-C reaches us only, and we end them in order.
                     start_new_session=True,
-                    preexec_fn=_die_with_parent(),
+                    preexec_fn=die_with_parent(signal.SIGKILL),
                 )
             except OSError as error:
                 raise ProcessError(f"{name} cannot be started: {command[0]}: {error.strerror}") from error
@@ -257,17 +256,3 @@ def tail(log_file: Path) -> str:
         lines = []
     shown = "\n".join(f"  | {line}" for line in lines[-TAIL_LINES:]) or "  | (it wrote nothing)"
     return f"{shown}\n  log: {log_file}"
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)  # loaded before the fork: the child only makes the call
-    parent = os.getpid()
-
-    def in_child() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died in between
-            os._exit(1)
-
-    return in_child
