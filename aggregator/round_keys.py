@@ -8,11 +8,15 @@ from pathlib import Path
 from aggregator.files import make_private_folder, sync_folder, write_atomic
 from edge_runtime.protocol.crypto.keys import SealingPrivateKey
 from edge_runtime.protocol.crypto.provider import CryptoProvider
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError
 from edge_runtime.protocol.ids import RoundId
 
 
-class RoundKeyMissing(FleetgradError):
+class RoundKeyMissing(
+    FleetgradError,
+    fault=Fault.OPERATOR,
+    remedy="nothing: the round is aborted and the next one opens; keep round-keys when a folder is moved",
+):
     """The open round's private key is gone, so its updates cannot be opened."""
 
 

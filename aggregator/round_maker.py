@@ -17,7 +17,7 @@ from edge_runtime.protocol.chunks import index_bytes
 from edge_runtime.protocol.crypto.keys import SealingPrivateKey, SigningKey, VerifyKey
 from edge_runtime.protocol.crypto.provider import CryptoProvider
 from edge_runtime.protocol.envelope import Header, pack
-from edge_runtime.protocol.errors import FleetgradError, RemoteProtocolError
+from edge_runtime.protocol.errors import Fault, FleetgradError, RemoteProtocolError
 from edge_runtime.protocol.fixed_point import max_scale_bits
 from edge_runtime.protocol.ids import DeviceId, Digest, FederationId, RoundId, sha256
 from edge_runtime.protocol.kinds import Kind
@@ -28,15 +28,19 @@ from edge_runtime.protocol.rounds import FederationState
 from edge_runtime.protocol.tensors import Vector, vector_to_bytes
 
 
-class CertificateError(FleetgradError):
+class CertificateError(
+    FleetgradError, fault=Fault.OPERATOR, remedy="make a new certificate with `aggregator registrar certify`"
+):
     """The aggregator's certificate does not fit its keys, federation, generation or rounds."""
 
 
-class ArtifactChanged(FleetgradError):
+class ArtifactChanged(
+    FleetgradError, fault=Fault.OPERATOR, remedy="put the former artifact back until the open round is over"
+):
     """The artifact of the settings is not the one that the open round trains."""
 
 
-class ChunksTooSmall(FleetgradError):
+class ChunksTooSmall(FleetgradError, fault=Fault.OPERATOR, remedy="double [delivery] chunk_bytes"):
     """A blob's index would not fit the packets that its chunks fit."""
 
 

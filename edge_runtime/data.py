@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_runtime.protocol.artifact import ArtifactManifest, TargetSpec, ValueSpec
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -32,7 +32,11 @@ _BAD_HEADER = (
 _EXACT_IN_FLOAT32 = 1 << 24  # every whole number up to here is a float32
 
 
-class DataError(FleetgradError):
+class DataError(
+    FleetgradError,
+    fault=Fault.ENGINEER,
+    remedy="correct the named array, column or row, or the [data] settings",
+):
     """Local data that cannot be read or does not fit the model; names the array, the row and what is expected."""
 
 

@@ -12,7 +12,7 @@ from edge_runtime.protocol.crypto.keys import SigningKey, VerifyKey
 from edge_runtime.protocol.crypto.provider import CryptoProvider
 from edge_runtime.protocol.enrol_token import EnrolToken, TokenError
 from edge_runtime.protocol.envelope import Header, pack, seal_context, unpack
-from edge_runtime.protocol.errors import FleetgradError, RemoteProtocolError
+from edge_runtime.protocol.errors import Fault, FleetgradError, RemoteProtocolError
 from edge_runtime.protocol.identities import EnrolAnswer, EnrolRequest
 from edge_runtime.protocol.ids import DeviceId, Digest, FederationId, sha256
 from edge_runtime.protocol.kinds import Kind
@@ -32,11 +32,17 @@ _RESEND_BASE_S = 0.5
 _RESEND_CAP_S = 10.0
 
 
-class EnrolmentError(FleetgradError):
+class EnrolmentError(
+    FleetgradError,
+    fault=Fault.OPERATOR,
+    remedy="see that `aggregator registrar serve` runs on the same broker; then enrol again with the same token",
+):
     """The device is not enrolled; the text says what to do."""
 
 
-class EnrolmentRefused(EnrolmentError):
+class EnrolmentRefused(
+    EnrolmentError, fault=Fault.OPERATOR, remedy="see the named refusal in the table of refusals"
+):
     """The registrar said no, under the root's signature. ``reject`` says why."""
 
     def __init__(self, device: DeviceId, reject: Reject) -> None:

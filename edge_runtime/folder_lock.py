@@ -6,13 +6,17 @@ import fcntl
 import os
 from pathlib import Path
 
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError
 
 LOCK_NAME = "lock"
 _MODE = 0o600
 
 
-class FolderInUseError(FleetgradError):
+class FolderInUseError(
+    FleetgradError,
+    fault=Fault.ENGINEER,
+    remedy="stop the program that is named, or give this one its own folder",
+):
     """Another process holds the folder; the text names it."""
 
 

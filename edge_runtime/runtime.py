@@ -20,7 +20,7 @@ from edge_runtime.protocol import codecs, topics
 from edge_runtime.protocol.artifact import Artifact, from_bundle
 from edge_runtime.protocol.crypto.prg import Stream, derive_seed
 from edge_runtime.protocol.crypto.provider import CryptoProvider
-from edge_runtime.protocol.errors import FleetgradError, RemoteProtocolError
+from edge_runtime.protocol.errors import Fault, FleetgradError, RemoteProtocolError
 from edge_runtime.protocol.ids import Digest, RoundId
 from edge_runtime.protocol.manifest import Manifest
 from edge_runtime.protocol.messages import Telemetry, Update
@@ -46,7 +46,11 @@ Report = Callable[..., None]
 """``report(event, **fields)``: what the device is doing, for the terminal and the log."""
 
 
-class NotEnrolled(FleetgradError):
+class NotEnrolled(
+    FleetgradError,
+    fault=Fault.ENGINEER,
+    remedy="enrol once with `edge-runtime enroll` and a token of the operator",
+):
     """The state folder has no certificate."""
 
     def __init__(self, folder: Path) -> None:

@@ -24,7 +24,7 @@ from cattrs import Converter
 from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
 from cattrs.gen import make_dict_structure_fn
 
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -51,7 +51,7 @@ class Problem(NamedTuple):
         return f"{self.key}: {self.found}; {self.allowed}" if self.key else f"{self.found}; {self.allowed}"
 
 
-class ConfigError(FleetgradError):
+class ConfigError(FleetgradError, fault=Fault.ENGINEER, remedy="correct the named key of the named file"):
     """A settings file that cannot be used: every problem found in it, with key, value and what is allowed."""
 
     def __init__(self, file: Path, *problems: Problem) -> None:

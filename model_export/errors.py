@@ -6,22 +6,30 @@ import sysconfig
 import traceback
 from pathlib import Path
 
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError
 
 
-class ExportError(FleetgradError):
+class ExportError(
+    FleetgradError,
+    fault=Fault.MODELLER,
+    remedy="follow the message; `model-export build --help` says what the function must return",
+):
     """The model cannot be exported."""
 
 
-class UnsupportedModel(ExportError):
+class UnsupportedModel(ExportError, fault=Fault.MODELLER, remedy="change the named part of the model"):
     """Something in the model (a module, dtype, buffer, shape) is not covered by this version."""
 
 
-class MissingRule(ExportError):
+class MissingRule(ExportError, fault=Fault.MODELLER, remedy="replace the named operator"):
     """An operator on the way from a parameter to the loss has no gradient rule, or not in this form."""
 
 
-class ParityError(ExportError):
+class ParityError(
+    ExportError,
+    fault=Fault.MODELLER,
+    remedy="report it with the model: the export must never differ from torch",
+):
     """The exported graphs do not compute what torch computes; no artifact was written."""
 
 

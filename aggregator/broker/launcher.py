@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 from aggregator.files import write_atomic
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError
 
 MAX_PACKET_BYTES = 1_048_576
 KINDS = ("mosquitto", "amqtt")
@@ -39,7 +39,9 @@ _AMQTT_WARNING = (
 )
 
 
-class BrokerStartError(FleetgradError):
+class BrokerStartError(
+    FleetgradError, fault=Fault.SURROUNDINGS, remedy="install mosquitto, or free the port that is named"
+):
     """The broker did not come up; the text says why and what to do."""
 
 

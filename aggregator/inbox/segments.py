@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aggregator.files import FileLayer
-from edge_runtime.protocol.errors import FleetgradError, LocalProtocolError
+from edge_runtime.protocol.errors import Fault, FleetgradError, LocalProtocolError
 
 MAGIC = b"FGSEGM01"
 MAX_PAYLOAD_BYTES = 1 << 28  # what one MQTT packet can hold
@@ -38,11 +38,13 @@ class Position(NamedTuple):
         return self.segment, self.offset + _HEAD.size + self.length
 
 
-class InboxError(FleetgradError):
+class InboxError(FleetgradError, fault=Fault.SURROUNDINGS, remedy="check the disk and its free space"):
     """The inbox cannot be used as it is; the text says why and what the operator can do."""
 
 
-class DamagedInboxError(InboxError):
+class DamagedInboxError(
+    InboxError, fault=Fault.SURROUNDINGS, remedy="check the disk; the named segment cannot be trusted"
+):
     """Bytes that were promised to be durable are gone or altered."""
 
 

@@ -7,7 +7,7 @@ import re
 import stat
 from pathlib import Path
 
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError
 
 ROOT_KEY = "root.key"
 SEALING_KEY = "enrolment.key"
@@ -15,7 +15,11 @@ DATABASE = "registrar.sqlite3"
 _KEY_LINE = re.compile(rb"([0-9a-f]{64})\n")
 
 
-class RegistrarError(FleetgradError):
+class RegistrarError(
+    FleetgradError,
+    fault=Fault.OPERATOR,
+    remedy="check the registrar's folder; restore it from its backup if it is damaged",
+):
     """The registrar cannot do what its operator asked; the text says why and what to do."""
 
 

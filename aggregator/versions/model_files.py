@@ -10,11 +10,13 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError
 from edge_runtime.protocol.tensors import TensorSpec, Vector, unflatten
 
 
-class ModelFileError(FleetgradError):
+class ModelFileError(
+    FleetgradError, fault=Fault.MODELLER, remedy="build the artifact again with `model-export build`"
+):
     """The inference graph does not hold the parameters of its manifest."""
 
 

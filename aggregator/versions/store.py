@@ -10,7 +10,7 @@ from pathlib import Path
 from aggregator.files import make_private_folder, write_atomic
 from aggregator.versions.model_files import parameters_npz, publish_model
 from edge_runtime.protocol.artifact import PARAMETERS_FILE, Artifact
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError
 from edge_runtime.protocol.ids import Digest, sha256
 from edge_runtime.protocol.tensors import Vector, vector_from_bytes, vector_to_bytes
 
@@ -21,7 +21,7 @@ DESCRIPTION = "version.json"
 PUBLIC_MODE = 0o644
 
 
-class VersionError(FleetgradError):
+class VersionError(FleetgradError, fault=Fault.OPERATOR, remedy="restore the version's folder from a backup"):
     """A version's files are missing or not what the ledger says."""
 
 

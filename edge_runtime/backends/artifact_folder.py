@@ -15,11 +15,13 @@ from edge_runtime.protocol.artifact import (
     ArtifactManifest,
     device_bundle,
 )
-from edge_runtime.protocol.errors import FleetgradError, RemoteProtocolError
+from edge_runtime.protocol.errors import Fault, FleetgradError, RemoteProtocolError
 from edge_runtime.protocol.tensors import Vector, vector_from_bytes
 
 
-class ArtifactFolderError(FleetgradError):
+class ArtifactFolderError(
+    FleetgradError, fault=Fault.MODELLER, remedy="build the artifact again with `model-export build`"
+):
     """A folder that holds no artifact, or one that was changed after it was built."""
 
 

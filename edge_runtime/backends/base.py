@@ -9,17 +9,25 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_runtime.protocol.artifact import Artifact
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError
 from edge_runtime.protocol.tensors import Vector
 
 Array = npt.NDArray[Any]
 
 
-class BackendError(FleetgradError):
+class BackendError(
+    FleetgradError,
+    fault=Fault.ENGINEER,
+    remedy='install or update the runtime: pip install "fleetgrad[device]"',
+):
     """The runtime is missing or too old, or cannot run this artifact."""
 
 
-class BatchError(FleetgradError):
+class BatchError(
+    FleetgradError,
+    fault=Fault.ENGINEER,
+    remedy="bring the batch into the shape and dtype that the message names",
+):
     """A batch whose names, shapes or dtypes are not those of the artifact's manifest."""
 
 

@@ -20,7 +20,7 @@ import struct
 from dataclasses import dataclass
 
 from edge_runtime.protocol.crypto.keys import KEY_BYTES, SealingPublicKey, VerifyKey
-from edge_runtime.protocol.errors import FleetgradError, RemoteProtocolError
+from edge_runtime.protocol.errors import Fault, FleetgradError, RemoteProtocolError
 from edge_runtime.protocol.ids import DeviceId, FederationId, device_id, federation_id
 
 PREFIX = "fleetgrad-enrol-1."
@@ -33,7 +33,11 @@ _ANY_VERSION = re.compile(r"fleetgrad-enrol-[0-9]+\.")
 _URL = re.compile(rf"[!-~]{{1,{MAX_BROKER_URL}}}")
 
 
-class TokenError(FleetgradError):
+class TokenError(
+    FleetgradError,
+    fault=Fault.ENGINEER,
+    remedy="copy the whole token again, or ask the operator for a new one",
+):
     """The text is no usable enrolment token; the message says what to do and never repeats the text."""
 
 

@@ -57,6 +57,11 @@ class Reject(Enum):
     UNKNOWN_BLOB = _Row(25, "no such content is offered", "wait for the next manifest")
     UNEXPECTED_KIND = _Row(26, "this kind of message is not accepted here", "check the sender's software")
 
+    REVOKED = _Row(
+        27, "the device's certificate was revoked", "enrol again with a new token; ask the operator why"
+    )
+    EVICTED = _Row(28, "the operator excluded the device", "ask the operator: `aggregator readmit` undoes it")
+
     @property
     def code(self) -> int:
         return self.value.code

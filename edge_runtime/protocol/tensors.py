@@ -9,12 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError
 
 Vector = npt.NDArray[np.float32]
 
 
-class TensorError(FleetgradError):
+class TensorError(
+    FleetgradError,
+    fault=Fault.MODELLER,
+    remedy="build the artifact again; vector and artifact must come from the same export",
+):
     """Arrays that do not fit the TensorSpecs: a missing or unknown name, another shape or dtype."""
 
 

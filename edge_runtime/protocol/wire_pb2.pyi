@@ -69,6 +69,24 @@ class AggregatorCertificate(_message.Message):
     last_round: int
     def __init__(self, federation: _Optional[str] = ..., signing_key: _Optional[bytes] = ..., sealing_key: _Optional[bytes] = ..., generation: _Optional[int] = ..., first_round: _Optional[int] = ..., last_round: _Optional[int] = ...) -> None: ...
 
+class RevocationList(_message.Message):
+    __slots__ = ("federation", "number", "entries")
+    FEDERATION_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    federation: str
+    number: int
+    entries: _containers.RepeatedCompositeFieldContainer[Revocation]
+    def __init__(self, federation: _Optional[str] = ..., number: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[Revocation, _Mapping]]] = ...) -> None: ...
+
+class Revocation(_message.Message):
+    __slots__ = ("device", "epoch")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    epoch: int
+    def __init__(self, device: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
 class Signed(_message.Message):
     __slots__ = ("body", "signature")
     BODY_FIELD_NUMBER: _ClassVar[int]
@@ -196,7 +214,7 @@ class BlobRef(_message.Message):
     def __init__(self, digest: _Optional[bytes] = ..., size: _Optional[int] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("epochs", "steps", "batch_size", "learning_rate", "momentum", "max_grad_norm", "beta", "sample_cap", "max_abs_delta", "scale_bits", "codecs")
+    __slots__ = ("epochs", "steps", "batch_size", "learning_rate", "momentum", "max_grad_norm", "beta", "sample_cap", "max_abs_delta", "scale_bits", "codecs", "optimizer", "nesterov", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "schedule")
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +226,13 @@ class Plan(_message.Message):
     MAX_ABS_DELTA_FIELD_NUMBER: _ClassVar[int]
     SCALE_BITS_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    NESTEROV_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
+    ADAM_BETA1_FIELD_NUMBER: _ClassVar[int]
+    ADAM_BETA2_FIELD_NUMBER: _ClassVar[int]
+    ADAM_EPSILON_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_FIELD_NUMBER: _ClassVar[int]
     epochs: int
     steps: int
     batch_size: int
@@ -219,7 +244,30 @@ class Plan(_message.Message):
     max_abs_delta: float
     scale_bits: int
     codecs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, epochs: _Optional[int] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., beta: _Optional[float] = ..., sample_cap: _Optional[int] = ..., max_abs_delta: _Optional[float] = ..., scale_bits: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
+    optimizer: str
+    nesterov: bool
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    schedule: Schedule
+    def __init__(self, epochs: _Optional[int] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., learning_rate: _Optional[float] = ..., momentum: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., beta: _Optional[float] = ..., sample_cap: _Optional[int] = ..., max_abs_delta: _Optional[float] = ..., scale_bits: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., optimizer: _Optional[str] = ..., nesterov: bool = ..., weight_decay: _Optional[float] = ..., adam_beta1: _Optional[float] = ..., adam_beta2: _Optional[float] = ..., adam_epsilon: _Optional[float] = ..., schedule: _Optional[_Union[Schedule, _Mapping]] = ...) -> None: ...
+
+class Schedule(_message.Message):
+    __slots__ = ("shape", "factor", "every", "after", "rounds", "warmup_rounds")
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    FACTOR_FIELD_NUMBER: _ClassVar[int]
+    EVERY_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    WARMUP_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    shape: int
+    factor: float
+    every: int
+    after: int
+    rounds: int
+    warmup_rounds: int
+    def __init__(self, shape: _Optional[int] = ..., factor: _Optional[float] = ..., every: _Optional[int] = ..., after: _Optional[int] = ..., rounds: _Optional[int] = ..., warmup_rounds: _Optional[int] = ...) -> None: ...
 
 class Manifest(_message.Message):
     __slots__ = ("federation", "generation", "round", "state", "base_version", "deadline_unix_ms", "plan", "model", "artifact", "cohort", "sealing_key", "chunk_bytes", "certificate", "parameter_count")

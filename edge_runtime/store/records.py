@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError
 
 MAGIC = b"FGSTATE1"
 MAX_HEADER_BYTES = 1 << 24
@@ -20,11 +20,19 @@ _LENGTH_BYTES = 4
 _HASH_BYTES = 32
 
 
-class StateError(FleetgradError):
+class StateError(
+    FleetgradError,
+    fault=Fault.ENGINEER,
+    remedy="check the state folder and its permissions; never copy it between devices",
+):
     """The state folder cannot be used as it is; the text says why and what the owner can do."""
 
 
-class DamagedFileError(StateError):
+class DamagedFileError(
+    StateError,
+    fault=Fault.SURROUNDINGS,
+    remedy="check the disk; restore the folder, or enrol this device anew",
+):
     """A file of the state folder is cut off, altered, or of another kind."""
 
 

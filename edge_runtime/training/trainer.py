@@ -13,13 +13,17 @@ import numpy.typing as npt
 from edge_runtime.backends.base import TrainingSession
 from edge_runtime.data import Dataset
 from edge_runtime.protocol.crypto.prg import Stream, derive_seed
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError
 from edge_runtime.protocol.ids import DeviceId, RoundId
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.tensors import Vector
 
 
-class TrainingDiverged(FleetgradError):
+class TrainingDiverged(
+    FleetgradError,
+    fault=Fault.MODELLER,
+    remedy="lower learning_rate or max_grad_norm of the plan; check the local data for wild values",
+):
     """Loss, gradient or parameters are no longer finite: nothing of this round is sent."""
 
 

@@ -13,17 +13,23 @@ from typing import Protocol
 
 from edge_runtime.protocol.chunks import MIN_CHUNK_BYTES
 from edge_runtime.protocol.envelope import OVERHEAD_BYTES
-from edge_runtime.protocol.errors import FleetgradError, LocalProtocolError
+from edge_runtime.protocol.errors import Fault, FleetgradError, LocalProtocolError
 
 MQTT_MAX_PACKET_BYTES = 268_435_460  # MQTT 5.0, 1.5.5: a remaining length of 2^28 - 1, and the fixed header
 _TOPIC_BYTES = 65_535
 
 
-class TransportError(FleetgradError):
+class TransportError(
+    FleetgradError, fault=Fault.SURROUNDINGS, remedy="check broker address, certificates and network"
+):
     """The courier cannot do what was asked; the text says what to change."""
 
 
-class BrokerUnreachable(TransportError):
+class BrokerUnreachable(
+    TransportError,
+    fault=Fault.SURROUNDINGS,
+    remedy="check that the broker runs and can be reached, and the address and TLS files of the settings",
+):
     """No broker answered at the first connect, or it refused us."""
 
     def __init__(self, host: str, port: int, reason: str, remedy: str) -> None:
@@ -33,7 +39,9 @@ class BrokerUnreachable(TransportError):
         self.reason = reason
 
 
-class NotConnected(TransportError):
+class NotConnected(
+    TransportError, fault=Fault.SURROUNDINGS, remedy="nothing: it is sent again after the next connect"
+):
     """Nothing was sent and nothing is queued: send again after the next ``Connected``."""
 
 
@@ -41,7 +49,11 @@ class Congested(NotConnected):
     """The broker acknowledges nothing though the connection stands; nothing was sent."""
 
 
-class PayloadTooLarge(TransportError):
+class PayloadTooLarge(
+    TransportError,
+    fault=Fault.OPERATOR,
+    remedy="lower [delivery] chunk_bytes, or raise the packet limit of the broker",
+):
     """Refused before sending: a broker drops the connection over such a packet, and would at every resend."""
 
     def __init__(self, packet_bytes: int, limit_bytes: int) -> None:

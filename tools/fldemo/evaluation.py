@@ -9,14 +9,14 @@ import numpy.typing as npt
 
 from edge_runtime.backends.ort import OrtBackend, run_model
 from edge_runtime.protocol.artifact import Artifact
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError
 from edge_runtime.protocol.tensors import Vector, flatten
 from fldemo.data import CLASSES, Samples
 
 Predictions = npt.NDArray[np.int64]
 
 
-class EvaluationError(FleetgradError):
+class EvaluationError(FleetgradError, fault=Fault.BUG, remedy="report it, with the work folder of the demo"):
     """A model file that does not give one logit per class for each image."""
 
 

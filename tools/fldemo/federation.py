@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from aggregator.broker import RunningBroker, start_broker
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError
 from fldemo.baselines import seed_bytes
 from fldemo.data import Samples, write_npz
 from fldemo.memory import MemorySampler
@@ -30,7 +30,7 @@ _END_S = 20.0
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-class DemoError(FleetgradError):
+class DemoError(FleetgradError, fault=Fault.SURROUNDINGS, remedy="read the log that is named"):
     """The demo cannot go on; the text says what happened and where to look."""
 
 

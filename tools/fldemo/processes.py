@@ -22,13 +22,13 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from aggregator.broker import die_with_parent
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError
 
 TAIL_LINES = 15
 _POLL_S = 0.2
 
 
-class ProcessError(FleetgradError):
+class ProcessError(FleetgradError, fault=Fault.SURROUNDINGS, remedy="read the log that is named"):
     """A program failed; the text holds the end of its log and where the whole of it lies."""
 
 

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError
 
 MARKER = "made-by-fldemo"
 _TEXT = "fldemo made this folder and removes all that is in it when it runs again.\n"
 
 
-class WorkFolderError(FleetgradError):
+class WorkFolderError(
+    FleetgradError, fault=Fault.ENGINEER, remedy="name a new folder, or one of an earlier demo"
+):
     """The folder cannot be used; the text says why."""
 
 

@@ -6,14 +6,18 @@ import hmac
 from dataclasses import dataclass
 from typing import NoReturn
 
-from edge_runtime.protocol.errors import FleetgradError, RemoteProtocolError
+from edge_runtime.protocol.errors import Fault, FleetgradError, RemoteProtocolError
 from edge_runtime.protocol.rejects import Reject
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 
 
-class DamagedKeyError(FleetgradError):
+class DamagedKeyError(
+    FleetgradError,
+    fault=Fault.OPERATOR,
+    remedy="restore the key file from a backup, or make and certify a new key",
+):
     """A secret key kept on this machine does not have its length: restore the file, or enrol again."""
 
 
