@@ -60,7 +60,7 @@ class Reject(Enum):
     REVOKED = _Row(
         27, "the device's certificate was revoked", "enrol again with a new token; ask the operator why"
     )
-    EVICTED = _Row(28, "the operator excluded the device", "ask the operator: `aggregator readmit` undoes it")
+    EVICTED = _Row(28, "the operator excluded the device", "ask the operator: aggregator readmit undoes it")
 
     @property
     def code(self) -> int:
