@@ -27,11 +27,11 @@ $(STAMP)-%: pyproject.toml .ci/constraints.txt
 
 setup: $(STAMP)-dev ## make the development environment
 
-demo: $(STAMP)-$(DEMO_EXTRA) ## train on ten device processes over a real broker (EXPORT=1 SEED=n ROUNDS=n ARGS='--json f')
-	@$(BIN)/fldemo run $(if $(EXPORT),--export) $(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
+demo: $(STAMP)-$(DEMO_EXTRA) ## train on ten device processes over a real broker (EXAMPLE=breast_cancer EXPORT=1 SEED=n ROUNDS=n ARGS='--json f')
+	@$(BIN)/fldemo run $(if $(EXAMPLE),--example $(EXAMPLE)) $(if $(EXPORT),--export) $(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
-demo-seeds: $(STAMP)-$(DEMO_EXTRA) ## the demo with many seeds, a line for each (SEEDS=20, about 40 s a seed)
-	@$(BIN)/fldemo seeds --count $(or $(SEEDS),20) $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
+demo-seeds: $(STAMP)-$(DEMO_EXTRA) ## the demo with many seeds, a line for each (EXAMPLE=... SEEDS=20, about 40 s a seed)
+	@$(BIN)/fldemo seeds $(if $(EXAMPLE),--example $(EXAMPLE)) --count $(or $(SEEDS),20) $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
 test: $(STAMP)-dev ## the tests, with the time of each directory (ARGS='tests/unit -k name')
 	@$(BIN)/python -m pytest -m 'not long' $(ARGS)

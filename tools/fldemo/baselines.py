@@ -27,7 +27,7 @@ THREADS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Baselines:
-    """Accuracies in [0, 1] on the held-out samples after ``passes`` over the data; ``local``: one per device."""
+    """Scores in [0, 1] on the held-out samples after ``passes`` over the data; ``local``: one per device."""
 
     central: float
     local: tuple[float, ...]

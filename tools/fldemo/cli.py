@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from edge_runtime.command_line import run_program
 from edge_runtime.protocol.errors import FleetgradError
 from fldemo.demo import Observer, Options, run_demo
+from fldemo.examples import EXAMPLES
 from fldemo.report import print_checks, print_table, round_line, seed_line, write_json
-from fldemo.scenario import LEAST_ROUNDS, ROUNDS, Round
+from fldemo.scenario import LEAST_ROUNDS, Round
 from fldemo.workfolder import fresh_folder
 
 FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
@@ -26,6 +27,24 @@ FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
 )
+
+
+class ExampleName(str, Enum):
+    """As ``fldemo.examples.EXAMPLES``."""
+
+    DIGITS = "digits"
+    BREAST_CANCER = "breast_cancer"
+
+
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        min=LEAST_ROUNDS,
+        max=1000,
+        help="Versions to make; with fewer than the default, 60 or 40, the model may not be good enough.",
+        show_default=False,
+    ),
+]
 
 
 class BrokerKind(str, Enum):
@@ -49,14 +68,11 @@ def run(
     seed: Annotated[
         int, typer.Option(min=0, help="Decides the split of the data, the cohorts, the batches.")
     ] = 0,
-    rounds: Annotated[
-        int,
-        typer.Option(
-            min=LEAST_ROUNDS,
-            max=1000,
-            help="Versions to make; with fewer than the default it may miss the accuracy.",
-        ),
-    ] = ROUNDS,
+    rounds: Rounds = None,
+    example: Annotated[
+        ExampleName,
+        typer.Option(help="digits: images, accuracy; breast_cancer: measurements of patients, AUC."),
+    ] = ExampleName.DIGITS,
     export: Annotated[
         bool,
         typer.Option(
@@ -87,7 +103,12 @@ def run(
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     signal.signal(signal.SIGTERM, _interrupt)
     options = Options(
-        folder=folder, seed=seed, rounds=rounds, export=export, broker=broker.value if broker else None
+        example=EXAMPLES[example.value],
+        folder=folder,
+        seed=seed,
+        rounds=rounds or EXAMPLES[example.value].rounds,
+        export=export,
+        broker=broker.value if broker else None,
     )
     try:
         raise typer.Exit(_run(console, options, json_file))
@@ -105,22 +126,27 @@ def seeds(
     folder: Annotated[
         Path, typer.Option(help="Where everything of a run goes; each run removes the one before.")
     ] = Path(".demo"),
-    rounds: Annotated[int, typer.Option(min=LEAST_ROUNDS, max=1000, help="Versions to make.")] = ROUNDS,
+    rounds: Rounds = None,
+    example: Annotated[ExampleName, typer.Option(help="What to train.")] = ExampleName.DIGITS,
 ) -> None:
     """Run the demo with many seeds, one after the other, and print what became of each.
 
-    A line for each seed: whether its checks hold, how many points of accuracy it is below central training, seconds
-    a round, what failed. Ends with code 1 if any run failed.
+    A line for each seed: whether its checks hold, by how many hundredths it is below central training, seconds a
+    round, what failed. Ends with code 1 if any run failed.
     """
     console = Console(highlight=False, soft_wrap=True)
     signal.signal(signal.SIGTERM, _interrupt)
+    chosen = EXAMPLES[example.value]
     quiet = Observer(say=lambda _: None, on_round=lambda _: None)
     failed = 0
     try:
         for seed in range(count):
             try:
                 with fresh_folder(folder) as placed:
-                    result = run_demo(Options(folder=placed, seed=seed, rounds=rounds), quiet)
+                    options = Options(
+                        example=chosen, folder=placed, seed=seed, rounds=rounds or chosen.rounds
+                    )
+                    result = run_demo(options, quiet)
                 line, holds = seed_line(result.figures, result.checks)
             except FleetgradError as error:
                 line, holds = f"stopped  seed {seed:3d}  {error}", False
@@ -142,7 +168,7 @@ def _run(console: Console, options: Options, json_file: Path | None) -> int:
         task = progress.add_task("rounds", total=options.rounds)
 
         def on_round(round_: Round) -> None:
-            console.print(round_line(round_, options.rounds))
+            console.print(round_line(round_, options.rounds, options.example.metric.name))
             progress.update(task, completed=round_.version)
 
         observer = Observer(

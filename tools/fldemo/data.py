@@ -1,4 +1,4 @@
-"""The digits data of scikit-learn, split over devices as unevenly as real fleets are."""
+"""Data that is bundled with scikit-learn, split over devices as unevenly as real fleets are."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.model_selection import train_test_split
 
 ALPHA = 0.3
 HELD_OUT = 0.2
 LEAST_SAMPLES = 10
-CLASSES = 10
 _PIXEL_MAX = 16.0
 _MAX_DRAWS = 10_000
 
-Images = npt.NDArray[np.float32]
+Features = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.intp]
 
 
 class Samples(NamedTuple):
-    """``x``: float32 (n, 1, 8, 8) in [0, 1], C-contiguous; ``y``: int64 (n,) in [0, 10)."""
+    """``x``: float32, a row for each sample, C-contiguous; ``y``: the target as the model takes it, a row each."""
 
-    x: Images
-    y: Labels
+    x: Features
+    y: npt.NDArray[Any]
+
+    @property
+    def labels(self) -> Labels:
+        """Classes, int64 (n,)."""
+        return self.y.reshape(-1).astype(np.int64)
 
     def take(self, rows: Rows) -> Samples:
         return Samples(np.ascontiguousarray(self.x[rows]), self.y[rows])
@@ -40,17 +44,28 @@ class Split(NamedTuple):
     devices: tuple[Samples, ...]
 
 
-def load_split(devices: int, seed: int) -> Split:
-    """1,797 digits: 20 % held out, stratified by class; the rest by ``dirichlet_parts``. The seed decides all."""
+def load_digits_split(devices: int, seed: int) -> Split:
+    """1,797 digits, x (n, 1, 8, 8) in [0, 1], y int64 (n,); see ``split``."""
     digits: Any = load_digits()
     images = (digits.images / _PIXEL_MAX).astype(np.float32)[:, np.newaxis]
-    labels = digits.target.astype(np.int64)
+    return split(Samples(images, digits.target.astype(np.int64)), devices, seed)
+
+
+def load_breast_cancer_split(devices: int, seed: int) -> Split:
+    """569 patients, x (n, 30) in the units of the measurements, y float32 (n, 1), 1 is malignant; see ``split``."""
+    cancer: Any = load_breast_cancer()
+    malignant = (cancer.target == 0).astype(np.float32)[:, np.newaxis]
+    return split(Samples(cancer.data.astype(np.float32), malignant), devices, seed)
+
+
+def split(everything: Samples, devices: int, seed: int) -> Split:
+    """20 % held out, stratified by class; the rest by ``dirichlet_parts``. The seed decides all."""
+    labels = everything.labels
     train, test = train_test_split(
         np.arange(len(labels)), test_size=HELD_OUT, stratify=labels, random_state=seed
     )
-    everything = Samples(images, labels)
     pooled = everything.take(train)
-    parts = dirichlet_parts(pooled.y, devices, np.random.default_rng(seed))
+    parts = dirichlet_parts(pooled.labels, devices, np.random.default_rng(seed))
     return Split(everything.take(test), pooled, tuple(pooled.take(rows) for rows in parts))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from aggregator.broker import RunningBroker, start_broker
 from edge_runtime.protocol.errors import Fault, FleetgradError
+from edge_runtime.protocol.plan import Plan
 from fldemo.baselines import seed_bytes
 from fldemo.data import Samples, write_npz
 from fldemo.memory import MemorySampler
@@ -119,11 +120,11 @@ class Federation:
         self._memory.watch(BROKER, self.broker.pid)
         return self.broker
 
-    def set_up(self, artifact: Path, parts: Sequence[Samples], seed: int, rounds: int) -> None:
+    def set_up(self, artifact: Path, parts: Sequence[Samples], plan: Plan, seed: int, rounds: int) -> None:
         """Keys, configuration, data and enrolment of all ten devices. Raises ProcessError."""
         url, folders = self._broker_url(), self.folders
         _write_private(folders.root / "run-seed.hex", seed_bytes(seed, "run").hex())
-        values = {**settings(rounds), "run_seed_file": json.dumps(str(folders.root / "run-seed.hex"))}
+        values = {**settings(plan, rounds), "run_seed_file": json.dumps(str(folders.root / "run-seed.hex"))}
         chosen = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
         init = ["--folder", str(folders.aggregator), "--federation", FEDERATION, "--artifact", str(artifact)]
         self._run_all({"init": _aggregator("init", *init, "--broker", url, *chosen)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,16 +43,22 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Accuracies in [0, 1] on held-out digits; seconds; bytes. ``refused``: messages, by reason."""
+    """Scores in [0, 1] on held-out samples; seconds; bytes. ``refused``: messages, by reason.
 
+    ``metric``: what a score is. ``error``: its standard error. ``recall``: by class, in [0, 1].
+    """
+
+    example: str
+    metric: str
     seed: int
     broker: str
     samples: Mapping[str, int]
     held_out: int
     parameters: int
-    accuracy: float
-    accuracy_npz: float
-    accuracy_per_class: tuple[float, ...]
+    score: float
+    score_npz: float
+    error: float
+    recall: Mapping[str, float]
     baselines: Baselines
     rounds: int
     aborted: int
@@ -76,13 +81,13 @@ class Figures:
 
     @property
     def error_points(self) -> float:
-        """Standard error of ``accuracy`` in percentage points: what a draw of so many held-out digits can tell."""
-        return 100 * math.sqrt(self.accuracy * (1 - self.accuracy) / self.held_out)
+        """Standard error of ``score`` in hundredths: what a draw of so many held-out samples can tell."""
+        return 100 * self.error
 
     @property
     def gap_points(self) -> float:
-        """Percentage points below central training; rounded, so that 0.98 and 0.96 are 2 apart."""
-        return round(100 * (self.baselines.central - self.accuracy), 6)
+        """Hundredths below central training; rounded, so that 0.98 and 0.96 are 2 apart."""
+        return round(100 * (self.baselines.central - self.score), 6)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; ``baselines`` with the mean of local-only training."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from fldemo.examples import DIGITS, EXAMPLES
 from fldemo.figures import Figures, Spread
 from fldemo.scenario import COHORT, DEVICES, GOAL, Round
 from fldemo.verify import Check
@@ -30,11 +31,11 @@ _HARMLESS = {"unknown_blob": "a returning device asks for what is gone"}
 _MB = 1e6
 
 
-def round_line(round_: Round, total: int) -> str:
+def round_line(round_: Round, total: int, metric: str) -> str:
     """One round, in one line."""
     if round_.aborted:
         return f"round {round_.number:3d}  aborted: too few updates at the deadline"
-    shown = "" if round_.accuracy is None else f"  accuracy {round_.accuracy:6.2%}"
+    shown = "" if round_.score is None else f"  {metric} {round_.score:6.2%}"
     return (
         f"round {round_.number:3d}  version {round_.version:3d}/{total}  "
         f"{len(round_.accepted)} of {len(round_.cohort)} updates{shown}  {round_.seconds or 0.0:5.2f} s"
@@ -65,7 +66,7 @@ def seed_line(figures: Figures, checks: Sequence[Check]) -> tuple[str, bool]:
     """One run among many, in one line, and whether all its checks hold."""
     failed = [check.text for check in checks if not check.holds]
     line = (
-        f"{'FAILED ' if failed else 'passed '}  seed {figures.seed:3d}  accuracy {figures.accuracy:6.2%}  "
+        f"{'FAILED ' if failed else 'passed '}  seed {figures.seed:3d}  {figures.metric} {figures.score:6.2%}  "
         f"central {figures.baselines.central:6.2%}  gap {figures.gap_points:+.2f} points  "
         f"{figures.round_median_s:5.2f} s a round"
     )
@@ -73,18 +74,19 @@ def seed_line(figures: Figures, checks: Sequence[Check]) -> tuple[str, bool]:
 
 
 def write_json(path: Path, figures: Figures, checks: Sequence[Check], rounds: Sequence[Round]) -> None:
-    """All figures, the checks, each round, and the peer's constants."""
+    """All figures, the checks, each round, and the peer's constants where it was measured."""
     document = {
         **figures.as_json(),
         "checks": [check._asdict() for check in checks],
         "every_round": [round_.__dict__ for round_ in rounds],
-        "peer": {
+    }
+    if _has_peer(figures):
+        document["peer"] = {
             "name": PEER,
             "deployed_round_s": PEER_DEPLOYED_ROUND_S,
             "deployed_bytes": PEER_DEPLOYED_BYTES,
             "simulated_round_s": PEER_SIMULATED_ROUND_S,
-        },
-    }
+        }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", "utf-8")
 
@@ -94,22 +96,23 @@ Rows = list[tuple[str, str, str]]
 
 def _accuracy(figures: Figures) -> Rows:
     base = figures.baselines
-    worst = min(range(len(figures.accuracy_per_class)), key=lambda i: figures.accuracy_per_class[i])
+    worst = min(figures.recall, key=lambda name: figures.recall[name])
+    sample = EXAMPLES[figures.example].sample
     sizes = sorted(figures.samples.values())
     return [
         (
-            "accuracy on held-out digits",
-            f"[bold]{figures.accuracy:.2%}[/]",
+            f"{figures.metric} on {figures.held_out} held-out {sample}",
+            f"[bold]{figures.score:.2%}[/]",
             f"central training {base.central:.2%}; mean of local-only {base.local_mean:.2%}",
         ),
         (
             "worst class",
-            f"{worst}: {figures.accuracy_per_class[worst]:.2%}",
+            f"{worst}: {figures.recall[worst]:.2%} recognised",
             f"{base.passes} passes over the data each; local-only {min(base.local):.1%} to {max(base.local):.1%}",
         ),
         (
             "data",
-            f"{sum(sizes)} digits on {len(sizes)} devices, {sizes[0]} to {sizes[-1]} each",
+            f"{sum(sizes)} {sample} on {len(sizes)} devices, {sizes[0]} to {sizes[-1]} each",
             "Dirichlet(0.3)",
         ),
     ]
@@ -122,12 +125,14 @@ def _rounds(figures: Figures) -> Rows:
         f"{count} {reason}" + (f" ({_HARMLESS[reason]})" if reason in _HARMLESS else "")
         for reason, count in figures.refused.items()
     )
-    peer = f"{PEER}: {PEER_DEPLOYED_ROUND_S:g} deployed, {PEER_SIMULATED_ROUND_S:g} simulated without a wire"
+    peer = (
+        f"; {PEER}: {PEER_DEPLOYED_ROUND_S:g} deployed, {PEER_SIMULATED_ROUND_S:g} simulated without a wire"
+    )
     return [
         (
             "seconds a round",
             f"[bold]median {figures.round_median_s:.2f}, mean {figures.round_mean_s:.2f}[/]",
-            f"goal {ROUND_GOAL_S:g}; {peer}",
+            f"goal {ROUND_GOAL_S:g}" + (peer if _has_peer(figures) else ""),
         ),
         (
             "rounds",
@@ -169,7 +174,7 @@ def _memory(figures: Figures) -> Rows:
         (
             f"memory of all {memory.processes} processes",
             f"[bold]{memory.total_peak / _MB:.0f} MB[/] PSS, at its highest",
-            f"{PEER}: {PEER_DEPLOYED_BYTES / _MB:.0f} MB deployed",
+            f"{PEER}: {PEER_DEPLOYED_BYTES / _MB:.0f} MB deployed" if _has_peer(figures) else "",
         ),
         (
             "a device",
@@ -182,6 +187,11 @@ def _memory(figures: Figures) -> Rows:
             f"broker: {figures.broker}",
         ),
     ]
+
+
+def _has_peer(figures: Figures) -> bool:
+    """The peer was measured with the digits only."""
+    return figures.example == DIGITS.name
 
 
 def _spread(spread: Spread | None) -> str:

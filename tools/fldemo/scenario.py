@@ -9,29 +9,10 @@ from edge_runtime.protocol.plan import Plan
 from fldemo.processes import Event
 
 DEVICES = tuple(f"device-{i:02d}" for i in range(1, 11))
-FEDERATION = "digits-demo"
+FEDERATION = "demo"
 AGGREGATOR = "aggregator"
 COHORT, GOAL, MINIMUM, DEADLINE_S = 5, 4, 3, 10
-ROUNDS, LEAST_ROUNDS = 60, 20
-
-# Chosen over many seeds of the split. Equal steps on every device: with epochs the device with the most samples is
-# always the fifth of five, so what it knows never counts. 54 small batches are 3 passes over a mean share. Weighing
-# by the square root of the samples (beta -0.5) keeps one large, one-sided device from turning the model its way
-# each time it is drawn; 60 rounds settle the last point of accuracy.
-PLAN = Plan(
-    epochs=0,
-    steps=54,
-    batch_size=8,
-    learning_rate=0.05,
-    momentum=0.9,
-    max_grad_norm=2.0,
-    beta=-0.5,
-    sample_cap=2000,
-)
-
-# The baselines take batches of 32: what the 4 accepted devices see together in one step of 8 each. Batches of 8 on
-# pooled data diverge in tens of passes with these rates; a baseline that does would prove nothing.
-BASELINE_BATCH = GOAL * PLAN.batch_size
+LEAST_ROUNDS = 20
 
 FIRST_KILL, SECOND_KILL, RETURN = 4, 6, 8
 """Rounds: a device dies while it trains in the first and in the second, or soon after; one returns in the third."""
@@ -109,7 +90,7 @@ class Faults:
 class Round:
     """``seconds``: from the publication before to its own; for the first, from its opening.
 
-    ``accepted``: whose updates are in it; ``accuracy``: on held-out samples, in [0, 1].
+    ``accepted``: whose updates are in it; ``score``: on held-out samples, in [0, 1].
     """
 
     number: int
@@ -119,7 +100,7 @@ class Round:
     version: int = 0
     aborted: bool = False
     seconds: float | None = None
-    accuracy: float | None = None
+    score: float | None = None
 
 
 def sample_passes(rounds: Sequence[Round], samples: dict[str, int], plan: Plan) -> int:
@@ -133,7 +114,7 @@ def sample_passes(rounds: Sequence[Round], samples: dict[str, int], plan: Plan) 
     return max(1, round(drawn / sum(samples.values())))
 
 
-def settings(rounds: int) -> dict[str, str]:
+def settings(plan: Plan, rounds: int) -> dict[str, str]:
     """``--set`` of ``aggregator init``: TOML values by dotted key."""
     values: dict[str, object] = {
         "round.rounds": rounds,
@@ -142,13 +123,13 @@ def settings(rounds: int) -> dict[str, str]:
         "round.minimum": MINIMUM,
         "round.deadline_s": DEADLINE_S,
         "round.fleet": len(DEVICES),
-        "plan.epochs": PLAN.epochs,
-        "plan.steps": PLAN.steps,
-        "plan.batch_size": PLAN.batch_size,
-        "plan.learning_rate": PLAN.learning_rate,
-        "plan.momentum": PLAN.momentum,
-        "plan.max_grad_norm": PLAN.max_grad_norm,
-        "plan.beta": PLAN.beta,
-        "plan.sample_cap": PLAN.sample_cap,
+        "plan.epochs": plan.epochs,
+        "plan.steps": plan.steps,
+        "plan.batch_size": plan.batch_size,
+        "plan.learning_rate": plan.learning_rate,
+        "plan.momentum": plan.momentum,
+        "plan.max_grad_norm": plan.max_grad_norm,
+        "plan.beta": plan.beta,
+        "plan.sample_cap": plan.sample_cap,
     }
     return {key: str(value) for key, value in values.items()}
