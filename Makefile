@@ -45,6 +45,7 @@ check: $(STAMP)-dev $(STAMP)-protoc ## formatting, lint, types, import rules, ge
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/protobuf.py --check
+	$(BIN)/python .ci/errors_page.py --check
 
 format: $(STAMP)-dev ## format and mend what can be mended
 	@$(BIN)/ruff format .
@@ -58,6 +59,9 @@ $(STAMP)-protoc: .ci/protobuf.py | $(STAMP)-dev
 
 proto: $(STAMP)-dev $(STAMP)-protoc ## regenerate wire_pb2.py from wire.proto (Python 3.12 or older)
 	@$(BIN)/python .ci/protobuf.py
+
+errors-page: $(STAMP)-dev ## docs/errors.md anew, from the tables of refusals and errors
+	@$(BIN)/python .ci/errors_page.py
 
 clean:           ## remove what the targets made
 	@rm -rf .venv .venv-* .demo build dist .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import ClassVar
 
+from edge_runtime.protocol.faults import Fault as Fault
 from edge_runtime.protocol.rejects import Reject
-
-
-class Fault(Enum):
-    """Who can mend it."""
-
-    BUG = "a bug of this project: report it"
-    PEER = "whoever sent the message"
-    MODELLER = "the modeller, in the model or the artifact"
-    OPERATOR = "the operator, in settings, keys or folders of the server"
-    ENGINEER = "the device's engineer, in settings, data or installation"
-    SURROUNDINGS = "the machine, its disk or the network"
 
 
 class FleetgradError(Exception):

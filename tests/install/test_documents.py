@@ -1,12 +1,15 @@
-"""README and docs against the tree: links, commands, options, make targets, the phases in the picture."""
+"""README and docs against the tree: links, commands (both ways), options, make targets, phases in the picture."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
+from fldemo import cli as demo_cli
+from flperftest import cli as perf_cli
 
 from aggregator import cli as aggregator_cli
 from edge_runtime import cli as device_cli
@@ -15,10 +18,18 @@ from model_export import cli as export_cli
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PROGRAMS = {"aggregator": aggregator_cli, "edge-runtime": device_cli, "model-export": export_cli}
+PROGRAMS = {
+    "aggregator": aggregator_cli,
+    "edge-runtime": device_cli,
+    "model-export": export_cli,
+    "fldemo": demo_cli,
+    "flperftest": perf_cli,
+}
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"(?<![-\w./])(aggregator|edge-runtime|model-export)((?: +[a-z][a-z-]+)+)([^`\n|;#]*)")
+COMMAND = re.compile(
+    r"(?<![-\w./])(aggregator|edge-runtime|model-export|fldemo|flperftest)((?: +[a-z][a-z-]+)+)([^`\n|;#]*)"
+)
 
 
 def each(paths: list[Path]) -> list[object]:
@@ -46,6 +57,26 @@ def test_every_command_and_option_that_is_shown_exists(document: Path) -> None:
             command, path = children[word], f"{path} {word}"
         known = {"--help", *(option for parameter in command.params for option in parameter.opts)}
         assert set(re.findall(r"(?<!\S)\[?(--?[a-z][a-z-]*)", rest)) <= known, f"{path}: {rest.strip()}"
+
+
+def leaves(command: object, path: str) -> Iterator[str]:
+    """The commands below one that do something themselves."""
+    children = getattr(command, "commands", None)
+    if children is None:
+        yield path
+    for name, child in (children or {}).items():
+        yield from leaves(child, f"{path} {name}")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_command_is_shown_in_a_document(program: str) -> None:
+    shown = " ".join(" ".join(document.read_text("utf-8").split()) for document in DOCUMENTS)
+    everything = list(leaves(typer.main.get_command(PROGRAMS[program].app), program))
+    # A program of one command is called without its name.
+    alone = len(everything) == 1
+    assert [
+        command for command in everything if command not in shown and not (alone and program in shown)
+    ] == []
 
 
 def test_every_make_target_that_is_shown_exists() -> None:
