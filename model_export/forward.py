@@ -1,4 +1,4 @@
-"""torch -> an ONNX graph of loss and outputs, with every parameter an input of the graph."""
+"""torch -> an ONNX graph of loss and outputs, with every parameter and running statistic an input of the graph."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ import onnx
 import onnxscript.optimizer
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from model_export.autodiff.reverse import DETACH
-from model_export.decompositions import decompose
+from model_export.dropout_calls import TRANSLATIONS, DropoutCalls, traced
 from model_export.errors import ExportError, UnsupportedModel
 from model_export.graph import OPSET, Graph, ValueType, from_proto, infer_types
-from model_export.model import Model, as_outputs
+from model_export.model import Model, aliases, as_outputs
 from model_export.passes import drop_identities
 from model_export.tracing import check_any_batch, export_failure
 
@@ -36,21 +37,24 @@ def parameter_value(name: str) -> str:
 class _WithLoss(nn.Module):
     """(*inputs, target) -> (loss, *outputs)."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, calls: DropoutCalls) -> None:
         super().__init__()
         self.module = model.module
         self._loss = model.loss.exported
+        self._calls = calls
 
     def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self._calls.restart()
         *inputs, target = values
         returned = self.module(*inputs)
         return (self._loss(returned, target), *as_outputs(returned))
 
 
 def forward_graph(model: Model) -> Graph:
-    """Inputs: parameters named by parameter_value(), inputs, target; outputs: ``loss`` of shape (), then outputs.
+    """Inputs: parameters and buffers by parameter_value(), inputs, target; outputs: ``loss`` (), then outputs.
 
-    The first dimension of inputs, target and outputs is the symbol "batch". Raises ExportError.
+    The first dimension of inputs, target and outputs is the symbol "batch". BatchNormalization and Dropout are in
+    it as torch wrote them, for training and inference alike: decompose() tells the two apart. Raises ExportError.
     """
     proto = _trace(model)
     _keep_origin(proto)
@@ -74,7 +78,6 @@ def forward_graph(model: Model) -> Graph:
     graph.types.update(graph.inputs)
     drop_identities(graph, keep={node.outputs[0] for node in graph.nodes if node.torch_op == DETACH})
     infer_types(graph)
-    decompose(graph)
     return graph
 
 
@@ -86,19 +89,21 @@ def _trace(model: Model) -> onnx.ModelProto:
     inputs, target = model.batch(max(2, model.target.shape[0]))  # tracing takes a batch of 1 for a constant
     batch = torch.export.Dim(BATCH, min=1)
     try:
-        with _quiet():
+        with _quiet(), traced() as calls:
             program = torch.onnx.export(
-                _WithLoss(model),
+                _WithLoss(model, calls),
                 (*inputs, target),
                 dynamo=True,
                 opset_version=OPSET,
                 optimize=False,
                 verbose=False,
                 dynamic_shapes=(tuple({0: batch} for _ in (*inputs, target)),),
+                custom_translation_table=TRANSLATIONS,
             )
             if program is None or program.exported_program is None:
                 raise ExportError("torch's exporter returned nothing")
             check_any_batch(program.exported_program)
+            _check_mutations(program.exported_program, model)
             _parameters_to_inputs(program.model, model)
             _mark_detached(program.model)
             onnxscript.optimizer.optimize_ir(program.model)
@@ -106,16 +111,36 @@ def _trace(model: Model) -> onnx.ModelProto:
     except ExportError:
         raise
     except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, ExportError):  # raised inside the exporter, by one of our modes
+            raise cause from None
         raise ExportError(export_failure(error)) from error
 
 
-def _parameters_to_inputs(ir: Any, model: Model) -> None:
-    """Moves every parameter from the initializers to the graph's inputs, under its torch name."""
-    prefix = "module."
-    canonical = {id(value): name for name, value in model.module.named_parameters()}
-    tied = {
-        name: canonical[id(value)] for name, value in model.module.named_parameters(remove_duplicate=False)
+def _check_mutations(program: ExportedProgram, model: Model) -> None:
+    """What forward() writes into buffers the exporter drops: only running statistics are made anew, no others."""
+    known = {
+        f"module.{name.rpartition('running_')[0]}{suffix}"
+        for name in aliases(model.module, model.buffers)
+        for suffix in ("running_mean", "running_var", "num_batches_tracked")
     }
+    changed = sorted(set(program.graph_signature.buffers_to_mutate.values()) - known)
+    if changed:
+        raise UnsupportedModel(
+            f"forward() changes the buffers {', '.join(name.removeprefix('module.') for name in changed[:5])}: "
+            "only running statistics of BatchNorm may change in training; compute the value from the inputs instead"
+        )
+
+
+def _parameters_to_inputs(ir: Any, model: Model) -> None:
+    """Moves every parameter and running statistic from the initializers to the inputs, under its torch name.
+
+    Other buffers stay: constants.
+    """
+    prefix = "module."
+    tied = aliases(model.module, [spec.name for spec in model.specs])
     found: dict[str, Any] = {}
     for key in [key for key in ir.graph.initializers if key.removeprefix(prefix) in tied]:
         value = ir.graph.initializers.pop(key)

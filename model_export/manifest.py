@@ -23,10 +23,14 @@ from edge_runtime.protocol.tensors import vector_to_bytes
 from model_export.errors import ExportError
 from model_export.graph import OPSET
 from model_export.model import Model
+from model_export.report import REPORT_FILE, Report
 
 
-def make_artifact(model: Model, graphs: Mapping[str, bytes]) -> Artifact:
-    """The graphs and the parameters as they are now, with their manifest. Raises ExportError if too large."""
+def make_artifact(model: Model, graphs: Mapping[str, bytes], *, dropout: bool) -> Artifact:
+    """The graphs and the parameters as they are now, with their manifest. Raises ExportError if too large.
+
+    ``dropout``: the training graphs take a ``dropout_seed``.
+    """
     files = {**graphs, PARAMETERS_FILE: vector_to_bytes(model.theta())}
     manifest = ArtifactManifest(
         name=model.name,
@@ -36,6 +40,8 @@ def make_artifact(model: Model, graphs: Mapping[str, bytes]) -> Artifact:
         target=model.target_spec,
         outputs=model.output_specs,
         loss=model.loss.kind,
+        buffers=len(model.buffers),
+        dropout=dropout,
         files={name: FileEntry(sha256(files[name]), len(files[name])) for name in FILES},
     )
     raw = manifest.to_bytes()
@@ -60,15 +66,18 @@ def check_destination(out: Path) -> None:
         return
     if not out.is_dir() or out.is_symlink():
         raise ExportError(f"{out} exists and is no folder; choose another --out")
-    foreign = sorted({entry.name for entry in out.iterdir()} - {*FILES, MANIFEST_FILE})
+    foreign = sorted({entry.name for entry in out.iterdir()} - {*FILES, MANIFEST_FILE, REPORT_FILE})
     if foreign:
         raise ExportError(
             f"{out} holds other things than an artifact ({', '.join(foreign[:3])}); choose another --out"
         )
 
 
-def write_artifact(artifact: Artifact, out: Path) -> None:
-    """Writes the folder, in place of an artifact that is there. Raises ExportError; ``out`` is then as it was."""
+def write_artifact(artifact: Artifact, out: Path, report: Report | None = None) -> None:
+    """Writes the folder, in place of an artifact that is there. Raises ExportError; ``out`` is then as it was.
+
+    ``report``: left beside it for the reader; no part of the artifact.
+    """
     check_destination(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +87,8 @@ def write_artifact(artifact: Artifact, out: Path) -> None:
             for name, content in artifact.files.items():
                 (new / name).write_bytes(content)
             (new / MANIFEST_FILE).write_bytes(artifact.manifest.to_bytes())
+            if report:
+                (new / REPORT_FILE).write_bytes(report.to_bytes())
             if out.exists():
                 out.rename(old)
             try:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from edge_runtime.protocol.artifact import MAX_TENSORS, TargetSpec, ValueSpec
-from edge_runtime.protocol.tensors import TensorSpec, Vector, flatten, layout
+from edge_runtime.protocol.artifact import MAX_TENSORS, OPTIMIZERS, TargetSpec, ValueSpec
+from edge_runtime.protocol.tensors import TensorSpec, Vector, flatten, layout, unflatten
+from model_export.dropout import SEED
 from model_export.errors import ExportError, UnsupportedModel, explain
 from model_export.losses import LOSSES, Loss, custom
+from model_export.optimizers import SCALARS
 
 DTYPES = {
     torch.bool: "bool",
@@ -25,16 +28,21 @@ DTYPES = {
 TARGET = "target"
 RESERVED = frozenset(
     {
-        *("theta", "momentum", "accumulator", "gradient", "new_theta", "new_momentum", "new_accumulator"),
-        *("learning_rate", "momentum_coefficient", "max_grad_norm", "scale", "loss", "grad_norm", TARGET),
+        *("theta", "new_theta", "gradient", "accumulator", "new_accumulator", "scale", SEED),
+        *("loss", "grad_norm", TARGET),
+        *(name for state in OPTIMIZERS.values() for vector in state for name in (vector, f"new_{vector}")),
+        *(name for scalars in SCALARS.values() for name in scalars),
     }
 )
 _LATER = "a later version will cover it"
+BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _UNSUPPORTED = {
     nn.modules.batchnorm._NormBase: (
-        f"its statistics change in training; {_LATER}. Use GroupNorm, or LayerNorm, or none"
+        f"running statistics are covered for BatchNorm1d, 2d and 3d only; {_LATER}. Use one of these, or GroupNorm"
     ),
     nn.RNNBase: f"recurrent layers are not covered; {_LATER}",
+    nn.AlphaDropout: "it is not covered; use Dropout",
+    nn.FeatureAlphaDropout: "it is not covered; use Dropout2d",
 }
 _EMBEDDING = {  # what torch does to the gradient or the weight behind the graph's back
     "padding_idx": "multiply the result by (index != padding).unsqueeze(-1) instead",
@@ -47,7 +55,11 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
 @dataclass(frozen=True)
 class Model:
-    """A model in float32 with an example batch. ``specs``: its parameters in the order of named_parameters."""
+    """A model in float32 with an example batch.
+
+    ``specs``: its parameters in the order of named_parameters, then its ``buffers``, the running statistics of
+    BatchNorm in the order of the modules. Modules that were in eval() when build() returned are frozen so.
+    """
 
     name: str
     module: nn.Module
@@ -55,14 +67,27 @@ class Model:
     target: torch.Tensor
     loss: Loss
     specs: tuple[TensorSpec, ...]
+    buffers: tuple[str, ...]
     input_specs: tuple[ValueSpec, ...]
     target_spec: TargetSpec
     output_specs: tuple[ValueSpec, ...]
 
     def theta(self) -> Vector:
-        """The parameters as they are now, float32 of shape (d,)."""
-        values = {name: value.detach().numpy() for name, value in self.module.named_parameters()}
-        return flatten(self.specs, values)
+        """Parameters and buffers as they are now, float32 of shape (d,)."""
+        return flatten(self.specs, {name: value.numpy() for name, value in self.tensors(self.module).items()})
+
+    def start_at(self, theta: Vector) -> None:
+        """The inverse of ``theta``. Raises TensorError for another shape."""
+        values = unflatten(self.specs, theta)
+        with torch.no_grad():
+            for name, tensor in self.tensors(self.module).items():
+                tensor.copy_(torch.from_numpy(values[name].copy()))
+
+    def tensors(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """Parameters and buffers of ``module``, which is this model's or a copy of it, by name."""
+        values: dict[str, torch.Tensor] = dict(module.named_parameters())
+        values.update((name, module.get_buffer(name)) for name in self.buffers)
+        return {name: value.detach() for name, value in values.items()}
 
     def batch(self, size: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """The example batch repeated or cut to ``size`` samples, contiguous."""
@@ -76,6 +101,20 @@ def as_outputs(value: object) -> tuple[torch.Tensor, ...]:
     if not outputs or not all(isinstance(output, torch.Tensor) for output in outputs):
         raise UnsupportedModel("the module must return a tensor or a tuple of tensors")
     return outputs
+
+
+def aliases(module: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Every name that ``module`` has for the parameters and buffers called ``names``, to the one in ``names``.
+
+    A tensor or a layer that is used twice has several.
+    """
+    every = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    wanted = set(names)
+    canonical = {id(value): name for name, value in every if name in wanted}
+    return {name: canonical[id(value)] for name, value in every if id(value) in canonical}
 
 
 def check_model(build: Callable[[], object], name: str, seed: int) -> Model:
@@ -105,8 +144,8 @@ def check_model(build: Callable[[], object], name: str, seed: int) -> Model:
         raise ExportError("the third thing build() returns must be an example target tensor")
     inputs = tuple(inputs)
     _check_batch((*inputs, target))
-    _check_module(module)
-    module.train()
+    buffers = _check_module(module)
+    _set_modes(module)
     chosen = _loss(loss)
     outputs = _try(module, inputs, target, chosen)
     return Model(
@@ -115,7 +154,13 @@ def check_model(build: Callable[[], object], name: str, seed: int) -> Model:
         inputs=inputs,
         target=target,
         loss=chosen,
-        specs=layout([(key, value.shape) for key, value in module.named_parameters()]),
+        specs=layout(
+            [
+                *((key, value.shape) for key, value in module.named_parameters()),
+                *((key, module.get_buffer(key).shape) for key in buffers),
+            ]
+        ),
+        buffers=buffers,
         input_specs=tuple(
             ValueSpec(key, DTYPES[value.dtype], tuple(value.shape[1:]))
             for key, value in zip(_input_names(module, len(inputs)), inputs, strict=True)
@@ -147,16 +192,41 @@ def _check_batch(values: tuple[torch.Tensor, ...]) -> None:
             raise ExportError("the example inputs and target must be finite")
 
 
-def _check_module(module: nn.Module) -> None:
+def _set_modes(module: nn.Module) -> None:
+    """Training mode, but for what build() left in eval(): that is frozen, as in fine-tuning."""
+    frozen = [child for child in module.modules() if not child.training]
+    switches = (*BATCH_NORM, nn.modules.dropout._DropoutNd)
+    if not module.training and any(isinstance(child, switches) for child in module.modules()):
+        raise UnsupportedModel(
+            "the whole module is in eval(), so that BatchNorm and dropout would never be trained with: call "
+            "module.train() in build(), and then eval() on the parts that stay frozen"
+        )
+    module.train()
+    if module not in frozen:
+        for child in frozen:
+            child.training = False
+
+
+def _check_module(module: nn.Module) -> tuple[str, ...]:
+    """The names of the buffers that are trained: running statistics."""
     for path, child in module.named_modules():
         for kind, why in _UNSUPPORTED.items():
-            stateless = (
-                isinstance(child, nn.modules.instancenorm._InstanceNorm) and not child.track_running_stats
+            covered = isinstance(child, BATCH_NORM) or (
+                isinstance(child, nn.modules.batchnorm._NormBase) and child.running_mean is None
             )
-            if isinstance(child, kind) and not stateless:
+            idle = isinstance(child, nn.modules.dropout._DropoutNd) and child.p == 0
+            if isinstance(child, kind) and not covered and not idle:
                 raise UnsupportedModel(f"{type(child).__name__} at {path or 'the top'}: {why}")
-        if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0:
-            raise UnsupportedModel(f"{type(child).__name__} at {path}: set its probability to 0; {_LATER}")
+        if isinstance(child, BATCH_NORM) and child.momentum is None and child.running_mean is not None:
+            raise UnsupportedModel(
+                f"{type(child).__name__} at {path or 'the top'}: momentum=None averages over all batches ever "
+                "seen, which has no meaning when devices take turns; give it a momentum, such as 0.1"
+            )
+        if isinstance(child, nn.MultiheadAttention) and child.dropout > 0:
+            raise UnsupportedModel(
+                f"MultiheadAttention at {path or 'the top'}: dropout of its attention weights is not covered; give "
+                "it dropout=0 (in a TransformerEncoderLayer: layer.self_attn.dropout = 0.0)"
+            )
         if isinstance(child, nn.Embedding | nn.EmbeddingBag):
             for option, remedy in _EMBEDDING.items():
                 value = getattr(child, option, None)
@@ -168,10 +238,6 @@ def _check_module(module: nn.Module) -> None:
             raise UnsupportedModel(
                 f"{type(child).__name__} at {path or 'the top'} has a backward hook: remove it, a graph has none"
             )
-    if buffers := [name for name, _ in module.named_buffers()]:
-        raise UnsupportedModel(
-            f"the module has buffers ({', '.join(buffers[:5])}); {_LATER}. Keep constants as plain tensors instead"
-        )
     parameters = list(module.named_parameters())
     if not parameters or len(parameters) > MAX_TENSORS:
         raise UnsupportedModel(
@@ -192,6 +258,20 @@ def _check_module(module: nn.Module) -> None:
             raise UnsupportedModel(f"parameter {name}: the graphs use this name; rename it")
         if not torch.isfinite(value).all():
             raise ExportError(f"parameter {name} is not finite")
+    statistics = tuple(
+        name
+        for name, _ in module.named_buffers()
+        if isinstance(module.get_submodule(name.rpartition(".")[0]), BATCH_NORM)
+        and name.rpartition(".")[2] in ("running_mean", "running_var")
+    )
+    for name, value in module.named_buffers():
+        if name in statistics and value.dtype != torch.float32:
+            raise UnsupportedModel(f"buffer {name} is {value.dtype}; convert the module with .float()")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ExportError(f"buffer {name} is not finite")
+    if len(parameters) + len(statistics) > MAX_TENSORS:
+        raise UnsupportedModel(f"the module has more than {MAX_TENSORS} parameter tensors and statistics")
+    return statistics
 
 
 def _loss(loss: object) -> Loss:
@@ -211,9 +291,12 @@ def _loss(loss: object) -> Loss:
 def _try(
     module: nn.Module, inputs: tuple[torch.Tensor, ...], target: torch.Tensor, loss: Loss
 ) -> tuple[torch.Tensor, ...]:
-    """Runs the model once in torch, so that its own mistakes are told apart from ours."""
+    """Runs a copy once in torch, so that its own mistakes are told apart from ours.
+
+    A copy, since running statistics would move.
+    """
     try:
-        returned = module(*inputs)
+        returned = copy.deepcopy(module)(*inputs)
     except Exception as error:
         raise ExportError(f"the module does not run on the example inputs: {explain(error)}") from error
     outputs = as_outputs(returned)

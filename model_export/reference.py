@@ -14,10 +14,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from edge_runtime.backends.base import Hyperparameters
+from model_export.dropout_calls import DropoutCalls, masked
 from model_export.errors import ExportError, UnsupportedModel, explain
 from model_export.model import Model, as_outputs
 
-LEARNING_RATE, MOMENTUM = 0.05, 0.9
+DROPOUT_SEED = 0x5EED_0000_0001  # any; wider than 32 bits, so that both halves count
 
 Float64 = npt.NDArray[np.float64]
 
@@ -27,56 +29,87 @@ class NoDoubleReference(Exception):
 
 
 def reference_values(model: Model, size: int, dtype: torch.dtype) -> dict[str, Float64]:
-    """{"loss", "gradient <name>", "evaluation <output>", "inference <output>"}, the last from eval().
+    """{"loss", "gradient <name>", "buffer <name>"} of one forward and backward pass in training.
 
-    Raises NoDoubleReference (float64 only), UnsupportedModel if eval() cannot be compared, ExportError.
+    The masks of dropout are those of DROPOUT_SEED. Raises NoDoubleReference (float64 only), ExportError.
     """
-    with _precision(dtype, size):
+    with _precision(dtype, size), DropoutCalls(masked(DROPOUT_SEED)):
         module, inputs, target = _copy(model, size, dtype)
-        returned = module(*inputs)
-        loss = model.loss.reference(returned, target)
+        loss = model.loss.reference(module(*inputs), target)
         if loss.dtype != dtype:
             raise NoDoubleReference
         loss.backward()  # type: ignore[no-untyped-call]
-        values = {"loss": _array(loss), "evaluation loss": _array(loss)}
+        values = {"loss": _array(loss)}
         for name, value in module.named_parameters():
             values[f"gradient {name}"] = (
                 np.zeros(value.shape) if value.grad is None else _array(value.grad.to_dense())
             )
+        for name in model.buffers:
+            values[f"buffer {name}"] = _array(module.get_buffer(name))
+    return values
+
+
+def reference_inference(model: Model, size: int, dtype: torch.dtype) -> dict[str, Float64]:
+    """{"evaluation loss", "evaluation <output>", "inference <output>"}, of module.eval().
+
+    Raises NoDoubleReference (float64 only), UnsupportedModel if eval() cannot be compared, ExportError.
+    """
+    with _precision(dtype, size), torch.no_grad():
+        module, inputs, target = _copy(model, size, dtype)
         try:
-            inferred = as_outputs(module.eval()(*inputs))
+            returned = module.eval()(*inputs)
+            outputs = as_outputs(returned)
         except Exception as error:
             raise UnsupportedModel(
                 f"the module computes something else in eval(): it fails: {explain(error)}"
             ) from error
-        if len(inferred) != len(model.output_specs):
+        if len(outputs) != len(model.output_specs):
             raise UnsupportedModel(
-                f"the module computes something else in eval(): {len(inferred)} outputs instead of "
+                f"the module computes something else in eval(): {len(outputs)} outputs instead of "
                 f"{len(model.output_specs)}"
             )
-        for spec, evaluated, output in zip(model.output_specs, as_outputs(returned), inferred, strict=True):
-            values[f"evaluation {spec.name}"] = _array(evaluated)
-            values[f"inference {spec.name}"] = _array(output)
+        values = {"evaluation loss": _array(model.loss.reference(returned, target))}
+        for spec, output in zip(model.output_specs, outputs, strict=True):
+            values[f"evaluation {spec.name}"] = values[f"inference {spec.name}"] = _array(output)
     return values
 
 
-def reference_steps(model: Model, size: int, max_norm: float, dtype: torch.dtype) -> dict[str, Float64]:
-    """{"norm 1", "norm 2", "parameter <name>"}: two steps of torch.optim.SGD, clipped to ``max_norm``.
+def reference_steps(
+    model: Model, size: int, hyper: Hyperparameters, dtype: torch.dtype
+) -> dict[str, Float64]:
+    """{"norm 1", "norm 2", "parameter <name>", "buffer <name>"}: two steps of torch.optim, clipped.
 
-    Raises NoDoubleReference (float64 only), ExportError.
+    The masks of dropout are of DROPOUT_SEED + 1 and + 2. Raises NoDoubleReference (float64 only), ExportError.
     """
     values: dict[str, Float64] = {}
     with _precision(dtype, size):
         module, inputs, target = _copy(model, size, dtype)
-        optimizer = torch.optim.SGD(module.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+        optimizer = _OPTIMIZERS[hyper.optimizer](module.parameters(), hyper)
         for step in (1, 2):
             optimizer.zero_grad()
-            model.loss.reference(module(*inputs), target).backward()  # type: ignore[no-untyped-call]
-            values[f"norm {step}"] = _array(torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm))
+            with DropoutCalls(masked(DROPOUT_SEED + step)):
+                model.loss.reference(module(*inputs), target).backward()  # type: ignore[no-untyped-call]
+            norm = torch.nn.utils.clip_grad_norm_(module.parameters(), hyper.max_grad_norm)
+            values[f"norm {step}"] = _array(norm)
             optimizer.step()
-        for name, value in module.named_parameters():
-            values[f"parameter {name}"] = _array(value)
+        for name, value in model.tensors(module).items():
+            kind = "buffer" if name in model.buffers else "parameter"
+            values[f"{kind} {name}"] = _array(value)
     return values
+
+
+def _sgd(parameters: Iterator[torch.nn.Parameter], h: Hyperparameters) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        parameters, h.learning_rate, h.momentum, weight_decay=h.weight_decay, nesterov=h.nesterov
+    )
+
+
+def _adam(parameters: Iterator[torch.nn.Parameter], h: Hyperparameters) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW if h.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, h.learning_rate, (h.beta1, h.beta2), h.epsilon, h.weight_decay)
+
+
+_OPTIMIZERS = {"sgd": _sgd, "adam": _adam, "adamw": _adam}
 
 
 class _Widen(TorchFunctionMode):

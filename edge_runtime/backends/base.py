@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -45,39 +46,79 @@ class Evaluation(NamedTuple):
     outputs: tuple[Array, ...]
 
 
-class TrainingSession(Protocol):
-    """One model in training: holds theta, momentum and the gradient accumulator, float32 of shape (d,) each.
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """Of one step, finite and within ``protocol.plan``'s bounds. What another optimizer uses is ignored.
 
+    optimizer: of ``protocol.plan.OPTIMIZERS``; sgd: momentum, nesterov; adam, adamw: beta1, beta2, epsilon.
+    max_grad_norm: 0 does not clip.
+    """
+
+    optimizer: str = "sgd"
+    learning_rate: float
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    max_grad_norm: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingState:
+    """All that a session carries from one step to the next, as copies: float32 ``theta`` (d,), ``vectors`` (p,).
+
+    optimizer: whose ``vectors`` these are, a key of the manifest's ``optimizers``, in its order; before the
+        first step there are none, and it is "".
+    steps: made with it so far; the bias corrections of Adam depend on them.
+    """
+
+    theta: Vector
+    optimizer: str = ""
+    vectors: tuple[Vector, ...] = ()
+    steps: int = 0
+
+
+class TrainingSession(Protocol):
+    """One model in training: theta float32 (d,), the optimiser's vectors float32 (p,), the accumulator (d,).
+
+    The first p of theta are trained; the others are buffers, which a forward pass in training moves.
     ``inputs`` and ``target`` are C-contiguous arrays, batch first, with the dtypes and shapes of the
-    manifest; any batch size from 1. Rates are finite and not negative; ``max_grad_norm`` 0: no clipping.
+    manifest; any batch size from 1. ``dropout_seed``, 0 to 2^63 - 1, decides the masks of the step, the same
+    on every machine; a model without dropout ignores it.
+    The optimiser may change between steps; the next one then begins with state of zero.
     Every method raises BatchError for a batch that does not fit, BackendError when the runtime fails.
     """
 
     def start(self, theta: Vector) -> None:
-        """Begins at ``theta``, copied; momentum and accumulator are zero. Raises TensorError."""
+        """Begins at ``theta``, copied; the optimiser's state and the accumulator are zero. Raises TensorError."""
 
     def step(
-        self,
-        inputs: Sequence[Array],
-        target: Array,
-        *,
-        learning_rate: float,
-        momentum: float,
-        max_grad_norm: float,
+        self, inputs: Sequence[Array], target: Array, hyper: Hyperparameters, *, dropout_seed: int = 0
     ) -> StepResult:
-        """One step of SGD on one batch."""
+        """One step of the optimiser on one batch."""
 
-    def accumulate(self, inputs: Sequence[Array], target: Array, *, scale: float) -> float:
+    def accumulate(
+        self, inputs: Sequence[Array], target: Array, *, scale: float, dropout_seed: int = 0
+    ) -> float:
         """Adds ``scale`` times the gradient of one micro-batch to the accumulator; returns ``scale`` * loss.
 
         With scale = micro-batch size / batch size the sum over a batch is the batch's gradient and loss.
+        The tail of the accumulator takes ``scale`` times the change of the buffers.
         """
 
     def gradient(self) -> Vector:
         """A copy of the accumulator."""
 
-    def apply(self, *, learning_rate: float, momentum: float, max_grad_norm: float) -> float:
-        """One step of SGD on the accumulated gradient, which is then zero; returns its norm before clipping."""
+    def apply(self, hyper: Hyperparameters) -> float:
+        """One step on the accumulated gradient, which is then zero; returns its norm before clipping."""
+
+    def state(self) -> TrainingState:
+        """What ``resume`` goes on from, to the same bytes. Between steps: the accumulator is not part of it."""
+
+    def resume(self, state: TrainingState) -> None:
+        """Begins at ``state``, copied; the accumulator is zero. Raises TensorError for a state of another model."""
 
     def theta(self) -> Vector:
         """A copy of the current parameters."""

@@ -11,12 +11,15 @@ from edge_runtime.backends.base import (
     Array,
     BackendError,
     Evaluation,
+    Hyperparameters,
     StepResult,
     TrainingSession,
+    TrainingState,
     check_batch,
 )
 from edge_runtime.protocol.artifact import Artifact
-from edge_runtime.protocol.tensors import Vector, check_vector
+from edge_runtime.protocol.plan import OPTIMIZERS
+from edge_runtime.protocol.tensors import TensorError, Vector, check_vector
 
 MIN_VERSION = (1, 22)  # 1.21 dies with SIGILL on a Raspberry Pi 4
 MAX_OPSET = 18
@@ -56,7 +59,7 @@ def run_model(model: bytes, inputs: Sequence[Array], *, threads: int = 1) -> tup
 
 
 class OrtSession:
-    """Graphs are loaded on first use: a device that only trains never holds the inference graph.
+    """Graphs and vectors are made on first use: a device that only trains never holds the inference graph.
 
     Two sets of vectors take turns as a step's inputs and outputs, so nothing of size d is copied.
     """
@@ -66,56 +69,75 @@ class OrtSession:
         self._artifact = artifact
         self._threads = threads
         self._graphs: dict[str, _Graph] = {}
-        d = artifact.manifest.parameter_count
-        self._theta, self._momentum, self._accumulator = (_Pair(runtime, d) for _ in range(3))
+        self._theta = _Pair(runtime, artifact.manifest.parameter_count)
+        self._accumulator: _Pair | None = None
+        self._optimizer = ""
+        self._vectors: dict[str, _Pair] = {}
+        self._steps = 0
 
     def start(self, theta: Vector) -> None:
-        check_vector(self._artifact.manifest.parameter_count, theta)
-        self._theta.now[:] = theta
-        self._momentum.now[:] = 0.0
-        self._accumulator.now[:] = 0.0
+        self.resume(TrainingState(theta))
 
     def step(
-        self,
-        inputs: Sequence[Array],
-        target: Array,
-        *,
-        learning_rate: float,
-        momentum: float,
-        max_grad_norm: float,
+        self, inputs: Sequence[Array], target: Array, hyper: Hyperparameters, *, dropout_seed: int = 0
     ) -> StepResult:
-        scalars = _rates(learning_rate, momentum, max_grad_norm)
-        graph = self._graph("step_sgd.onnx")
-        feeds = {**self._feeds(inputs, target), **scalars}
-        loss, norm = graph.run(
-            feeds, {"theta": self._theta, "momentum": self._momentum}, ("loss", "grad_norm")
+        batch = self._feeds(inputs, target, dropout_seed)
+        optimizer = self._use(hyper.optimizer)
+        loss, norm = self._graph(f"step_{optimizer}.onnx").run(
+            {**batch, **_scalars(hyper, self._steps + 1)}, self._state(), ("loss", "grad_norm")
         )
-        self._theta.swap()
-        self._momentum.swap()
+        self._stepped()
         return StepResult(float(loss), float(norm))
 
-    def accumulate(self, inputs: Sequence[Array], target: Array, *, scale: float) -> float:
-        feeds = {**self._feeds(inputs, target), "scale": np.array(scale, np.float32)}
+    def accumulate(
+        self, inputs: Sequence[Array], target: Array, *, scale: float, dropout_seed: int = 0
+    ) -> float:
+        feeds = {**self._feeds(inputs, target, dropout_seed), "scale": np.array(scale, np.float32)}
+        accumulator = self._accumulated()
         (loss,) = self._graph("grad.onnx").run(
-            feeds, {"accumulator": self._accumulator}, ("loss",), constants={"theta": self._theta}
+            feeds, {"accumulator": accumulator}, ("loss",), constants={"theta": self._theta}
         )
-        self._accumulator.swap()
+        accumulator.swap()
         return float(loss)
 
     def gradient(self) -> Vector:
-        return np.array(self._accumulator.now)
+        return np.array(self._accumulated().now)
 
-    def apply(self, *, learning_rate: float, momentum: float, max_grad_norm: float) -> float:
-        (norm,) = self._graph("apply_sgd.onnx").run(
-            _rates(learning_rate, momentum, max_grad_norm),
-            {"theta": self._theta, "momentum": self._momentum},
+    def apply(self, hyper: Hyperparameters) -> float:
+        optimizer = self._use(hyper.optimizer)
+        accumulator = self._accumulated()
+        (norm,) = self._graph(f"apply_{optimizer}.onnx").run(
+            _scalars(hyper, self._steps + 1),
+            self._state(),
             ("grad_norm",),
-            constants={"gradient": self._accumulator},
+            constants={"gradient": accumulator},
         )
-        self._theta.swap()
-        self._momentum.swap()
-        self._accumulator.now[:] = 0.0
+        self._stepped()
+        accumulator.now[:] = 0.0
         return float(norm)
+
+    def state(self) -> TrainingState:
+        vectors = tuple(np.array(pair.now) for pair in self._vectors.values())
+        return TrainingState(self.theta(), self._optimizer, vectors, self._steps)
+
+    def resume(self, state: TrainingState) -> None:
+        manifest = self._artifact.manifest
+        check_vector(manifest.parameter_count, state.theta)
+        names = manifest.optimizers.get(state.optimizer, ())
+        if len(names) != len(state.vectors) or (state.optimizer and not names):
+            raise TensorError(
+                f"the state has {len(state.vectors)} vectors of the optimizer {state.optimizer!r}, which the "
+                f"artifact does not have: {', '.join(manifest.optimizers)}"
+            )
+        for vector in state.vectors:
+            check_vector(manifest.trainable_count, vector)
+        self._theta.now[:] = state.theta
+        self._begin_with(state.optimizer)
+        for pair, vector in zip(self._vectors.values(), state.vectors, strict=True):
+            pair.now[:] = vector
+        self._steps = state.steps
+        if self._accumulator is not None:
+            self._accumulator.now[:] = 0.0
 
     def theta(self) -> Vector:
         return np.array(self._theta.now)
@@ -123,17 +145,55 @@ class OrtSession:
     def evaluate(self, theta: Vector, inputs: Sequence[Array], target: Array) -> Evaluation:
         check_vector(self._artifact.manifest.parameter_count, theta)
         names = [spec.name for spec in self._artifact.manifest.outputs]
-        feeds = {"theta": np.ascontiguousarray(theta), **self._feeds(inputs, target)}
+        feeds = {"theta": np.ascontiguousarray(theta), **self._batch(inputs, target)}
         loss, *outputs = self._graph("eval.onnx").run(feeds, {}, ("loss", *names))
         return Evaluation(float(loss), tuple(outputs))
 
     def infer(self, theta: Vector, inputs: Sequence[Array]) -> tuple[Array, ...]:
         check_vector(self._artifact.manifest.parameter_count, theta)
         names = [spec.name for spec in self._artifact.manifest.outputs]
-        feeds = {"theta": np.ascontiguousarray(theta), **self._feeds(inputs, None)}
+        feeds = {"theta": np.ascontiguousarray(theta), **self._batch(inputs, None)}
         return tuple(self._graph("infer.onnx").run(feeds, {}, names))
 
-    def _feeds(self, inputs: Sequence[Array], target: Array | None) -> dict[str, Array]:
+    def _use(self, optimizer: str) -> str:
+        """The name of the graphs of a plan's optimizer; its state begins at zero if it was another's before."""
+        graphs = OPTIMIZERS[optimizer]
+        if graphs not in self._artifact.manifest.optimizers:
+            raise BackendError(
+                f"the artifact has no optimizer {optimizer!r}, it has "
+                f"{', '.join(self._artifact.manifest.optimizers)}: build it again, or change the plan"
+            )
+        if graphs != self._optimizer:
+            self._begin_with(graphs)
+        return graphs
+
+    def _begin_with(self, graphs: str) -> None:
+        manifest = self._artifact.manifest
+        names = manifest.optimizers.get(graphs, ())
+        self._vectors = {name: _Pair(self._ort, manifest.trainable_count) for name in names}
+        self._optimizer, self._steps = graphs, 0
+
+    def _state(self) -> dict[str, _Pair]:
+        return {"theta": self._theta, **self._vectors}
+
+    def _stepped(self) -> None:
+        for pair in self._state().values():
+            pair.swap()
+        self._steps += 1
+
+    def _accumulated(self) -> _Pair:
+        if self._accumulator is None:
+            self._accumulator = _Pair(self._ort, self._artifact.manifest.parameter_count)
+        return self._accumulator
+
+    def _feeds(self, inputs: Sequence[Array], target: Array, dropout_seed: int) -> dict[str, Array]:
+        """What a graph that trains takes besides state and scalars."""
+        feeds = self._batch(inputs, target)
+        if self._artifact.manifest.dropout:
+            feeds["dropout_seed"] = np.array(dropout_seed, np.int64)
+        return feeds
+
+    def _batch(self, inputs: Sequence[Array], target: Array | None) -> dict[str, Array]:
         check_batch(self._artifact, inputs, target)
         manifest = self._artifact.manifest
         feeds = {spec.name: array for spec, array in zip(manifest.inputs, inputs, strict=True)}
@@ -227,12 +287,29 @@ class _Graph:
         return results
 
 
-def _rates(learning_rate: float, momentum: float, max_grad_norm: float) -> dict[str, Array]:
-    return {
-        "learning_rate": np.array(learning_rate, np.float32),
-        "momentum_coefficient": np.array(momentum, np.float32),
-        "max_grad_norm": np.array(max_grad_norm, np.float32),
-    }
+def _scalars(hyper: Hyperparameters, step: int) -> dict[str, Array]:
+    """The inputs of the optimiser's graph (model_export.optimizers.SCALARS) for the ``step``-th step, from 1."""
+    if OPTIMIZERS[hyper.optimizer] == "sgd":
+        values = {
+            "momentum_coefficient": hyper.momentum,
+            "nesterov": float(hyper.nesterov),
+            "weight_decay": hyper.weight_decay,
+        }
+    else:
+        # The graph has the betas in float32; corrections of others would not cancel the start from zero.
+        beta1, beta2 = float(np.float32(hyper.beta1)), float(np.float32(hyper.beta2))
+        decoupled = hyper.optimizer == "adamw"
+        values = {
+            "beta1": beta1,
+            "beta2": beta2,
+            "epsilon": hyper.epsilon,
+            "weight_decay": 0.0 if decoupled else hyper.weight_decay,
+            "decoupled_weight_decay": hyper.weight_decay if decoupled else 0.0,
+            "bias_correction1": 1 - beta1**step,
+            "bias_correction2": 1 - beta2**step,
+        }
+    values |= {"learning_rate": hyper.learning_rate, "max_grad_norm": hyper.max_grad_norm}
+    return {name: np.array(value, np.float32) for name, value in values.items()}
 
 
 def _import_runtime() -> Any:

@@ -20,10 +20,18 @@ from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.tensors import TensorError, TensorSpec, layout, parameter_count
 from edge_runtime.protocol.wire_pb2 import Bundle
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_FILE = "manifest.json"
 PARAMETERS_FILE = "params.bin"
-GRAPH_FILES = ("apply_sgd.onnx", "eval.onnx", "grad.onnx", "infer.onnx", "step_sgd.onnx")
+# What a step of each family of optimisers carries on: the vectors of shape (p,) beside the parameters.
+OPTIMIZERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum",)}
+)
+GRAPH_FILES = (
+    *(f"apply_{optimizer}.onnx" for optimizer in OPTIMIZERS),
+    *("eval.onnx", "grad.onnx", "infer.onnx"),
+    *(f"step_{optimizer}.onnx" for optimizer in OPTIMIZERS),
+)
 FILES = tuple(sorted((*GRAPH_FILES, PARAMETERS_FILE)))
 DTYPES = ("bool", "float32", "int32", "int64", "uint8")
 LOSSES = ("bce_with_logits", "cross_entropy", "custom", "mse")
@@ -63,7 +71,12 @@ class FileEntry(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactManifest:
-    """What the graphs expect. ``optimizer_state`` names the vectors of shape (d,) that a step carries on."""
+    """What the graphs expect.
+
+    ``parameters`` covers theta: the trainable tensors, then ``buffers`` tensors that training changes without a
+    gradient (running statistics of BatchNorm). ``dropout``: the training graphs take an int64 ``dropout_seed``.
+    ``optimizers``: the vectors of shape (p,) that a step of each family carries on.
+    """
 
     name: str
     opset: int
@@ -72,17 +85,31 @@ class ArtifactManifest:
     target: TargetSpec
     outputs: tuple[ValueSpec, ...]
     loss: str
-    optimizer_state: tuple[str, ...] = ("momentum",)
+    buffers: int = 0
+    dropout: bool = False
+    optimizers: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: OPTIMIZERS)
     files: Mapping[str, FileEntry] = field(default_factory=dict)
 
     @property
     def parameter_count(self) -> int:
-        """d, the length of theta."""
+        """d = p + b, the length of theta."""
         return parameter_count(self.parameters)
+
+    @property
+    def trainable_count(self) -> int:
+        """p: how many elements of theta, from its beginning, have a gradient."""
+        return parameter_count(self.parameters[: len(self.parameters) - self.buffers])
+
+    @property
+    def buffer_count(self) -> int:
+        """b: how many elements at the end of theta are buffers."""
+        return self.parameter_count - self.trainable_count
 
     def to_bytes(self) -> bytes:
         """The one spelling of this manifest, ASCII JSON."""
         document = {
+            "buffers": self.buffers,
+            "dropout": self.dropout,
             "files": {
                 name: {"sha256": entry.sha256.hex(), "size": entry.size} for name, entry in self.files.items()
             },
@@ -91,7 +118,7 @@ class ArtifactManifest:
             "loss": self.loss,
             "name": self.name,
             "opset": self.opset,
-            "optimizer_state": list(self.optimizer_state),
+            "optimizers": {name: list(vectors) for name, vectors in self.optimizers.items()},
             "outputs": [_value_document(value) for value in self.outputs],
             "parameter_count": self.parameter_count,
             "parameters": [{"name": spec.name, "shape": list(spec.shape)} for spec in self.parameters],
@@ -201,10 +228,9 @@ def _value_document(value: ValueSpec) -> dict[str, Any]:
 
 def _parse(document: object) -> ArtifactManifest:
     top = _Table(document, "manifest")
-    if top.integer("format") != FORMAT:
-        raise _malformed(
-            f"format {top.integer('format')} is not known here (known: {FORMAT}); update this software"
-        )
+    if (found := top.integer("format")) != FORMAT:
+        remedy = "build it again with model-export" if found < FORMAT else "update this software"
+        raise _malformed(f"format {found} is not known here (known: {FORMAT}); {remedy}")
     parameters = [_Table(entry, "parameters") for entry in top.array("parameters")]
     try:
         specs = layout([(entry.name("name"), entry.shape("shape")) for entry in parameters])
@@ -214,6 +240,12 @@ def _parse(document: object) -> ArtifactManifest:
         raise _malformed(
             f"{parameter_count(specs)} parameters; between 1 and {MAX_PARAMETER_COUNT} are allowed"
         )
+    if not 0 <= (buffers := top.integer("buffers")) < len(specs):
+        raise _malformed(f"{buffers} of {len(specs)} tensors are buffers; at least one must be trained")
+    if type(dropout := top.get("dropout")) is not bool:
+        raise _malformed("manifest.dropout must be true or false")
+    if top.get("optimizers") != {name: list(vectors) for name, vectors in OPTIMIZERS.items()}:
+        raise _malformed(f"optimizers must be {', '.join(OPTIMIZERS)}, with the vectors they carry on")
     target = _Table(top.get("target"), "target")
     classes = None if target.get("classes") is None else target.integer("classes")
     files = _Table(top.get("files"), "files")
@@ -232,7 +264,8 @@ def _parse(document: object) -> ArtifactManifest:
         target=TargetSpec(*_value_fields(target), classes),
         outputs=tuple(_value(entry, "outputs") for entry in top.array("outputs")),
         loss=top.word("loss", LOSSES),
-        optimizer_state=tuple(_name(entry, "optimizer_state") for entry in top.array("optimizer_state")),
+        buffers=buffers,
+        dropout=dropout,
         files=entries,
     )
 

@@ -6,12 +6,18 @@ from edge_runtime.protocol.crypto import signatures
 from edge_runtime.protocol.crypto.keys import SigningKey, VerifyKey
 from edge_runtime.protocol.crypto.provider import CryptoProvider
 from edge_runtime.protocol.errors import RemoteProtocolError
-from edge_runtime.protocol.identities import AggregatorCertificate, DeviceCertificate, SignedBytes
+from edge_runtime.protocol.identities import (
+    AggregatorCertificate,
+    DeviceCertificate,
+    RevocationList,
+    SignedBytes,
+)
 from edge_runtime.protocol.ids import DeviceId, FederationId, RoundId
 from edge_runtime.protocol.rejects import Reject
 
 _DEVICE = "device-certificate"
 _AGGREGATOR = "aggregator-certificate"
+_REVOCATIONS = "revocation-list"
 
 
 def issue_device(provider: CryptoProvider, root: SigningKey, certificate: DeviceCertificate) -> bytes:
@@ -22,6 +28,11 @@ def issue_device(provider: CryptoProvider, root: SigningKey, certificate: Device
 def issue_aggregator(provider: CryptoProvider, root: SigningKey, certificate: AggregatorCertificate) -> bytes:
     """The certificate as it travels, signed by the root."""
     return _issue(provider, root, _AGGREGATOR, certificate.encode())
+
+
+def issue_revocations(provider: CryptoProvider, root: SigningKey, revocations: RevocationList) -> bytes:
+    """The list as it travels, signed by the root."""
+    return _issue(provider, root, _REVOCATIONS, revocations.encode())
 
 
 def check_device(
@@ -50,6 +61,21 @@ def check_aggregator(
             f"it covers rounds {certificate.first_round}..{certificate.last_round}, not {round_id.number}",
         )
     return certificate
+
+
+def check_revocations(
+    provider: CryptoProvider, root: VerifyKey, raw: bytes, federation: FederationId
+) -> RevocationList:
+    """The list of this federation; whether its number is new enough, the caller knows.
+
+    Raises RemoteProtocolError(BAD_CERTIFICATE or MALFORMED).
+    """
+    revocations = RevocationList.decode(_check(provider, root, _REVOCATIONS, raw))
+    if revocations.federation != federation:
+        raise RemoteProtocolError(
+            Reject.BAD_CERTIFICATE, f"it is a list of {revocations.federation}, not of {federation}"
+        )
+    return revocations
 
 
 def _issue(provider: CryptoProvider, root: SigningKey, kind: str, body: bytes) -> bytes:

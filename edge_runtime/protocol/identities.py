@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import pairwise
 
 from edge_runtime.protocol import wire_pb2 as wire
 from edge_runtime.protocol.ids import DeviceId, Digest, FederationId, device_id, digest, federation_id
 from edge_runtime.protocol.parsing import key_bytes, malformed, parse, within
 from edge_runtime.protocol.rejects import Reject
+
+MAX_REVOCATIONS = 100_000
+_MAX_UINT32 = 2**32 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +96,51 @@ class AggregatorCertificate:
             first_round=m.first_round,
             last_round=m.last_round,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Revocation:
+    """Certificates of ``device`` up to and including ``epoch`` (at least 1) are void; later ones are not."""
+
+    device: DeviceId
+    epoch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevocationList:
+    """Root-signed. ``number``, from 1, grows with every list; ``entries``: sorted by name, each name once."""
+
+    federation: FederationId
+    number: int
+    entries: tuple[Revocation, ...]
+
+    def voids(self, device: DeviceId, epoch: int) -> bool:
+        """Whether a certificate of this device and epoch is void."""
+        at = bisect_left(self.entries, device, key=lambda entry: entry.device)
+        return (
+            at < len(self.entries) and self.entries[at].device == device and epoch <= self.entries[at].epoch
+        )
+
+    def encode(self) -> bytes:
+        return wire.RevocationList(
+            federation=self.federation,
+            number=self.number,
+            entries=[wire.Revocation(device=entry.device, epoch=entry.epoch) for entry in self.entries],
+        ).SerializeToString(deterministic=True)
+
+    @classmethod
+    def decode(cls, raw: bytes) -> RevocationList:
+        m = parse(wire.RevocationList, raw)
+        if m.number == 0:
+            raise malformed("a revocation list has a number from 1")
+        within("entries of a revocation list", len(m.entries), 0, MAX_REVOCATIONS)
+        entries = tuple(
+            Revocation(device=device_id(e.device), epoch=within("epoch", e.epoch, 1, _MAX_UINT32))
+            for e in m.entries
+        )
+        if any(one.device >= other.device for one, other in pairwise(entries)):
+            raise malformed("a revocation list is sorted by device, each once")
+        return cls(federation=federation_id(m.federation), number=m.number, entries=entries)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,7 +119,7 @@ class Reject(Enum):
         27,
         Fault.OPERATOR,
         "the device's certificate was revoked",
-        "enrol again with a new token; ask the operator why",
+        "enrol again, with a new token and state_folder; ask the operator why",
     )
     EVICTED = _Row(
         28,

@@ -12,7 +12,7 @@ class Phase(Enum):
     FROZEN = "frozen"  # the accepted set is fixed
     AGGREGATED = "aggregated"  # the new version is committed
     PUBLISHED = "published"  # the version's files are in place; the round's private key is gone
-    ABORTED = "aborted"  # too few updates at the deadline; the model is unchanged
+    ABORTED = "aborted"  # too few updates, or the operator rolled back; it made no version
 
 
 MOVES: dict[Phase, tuple[Phase, ...]] = {
@@ -36,7 +36,9 @@ class Outcome(Enum):
     """What became of a stored update: exactly one of these."""
 
     AGGREGATED = "aggregated"  # it is in the version of its round exactly once
-    EXCLUDED = "excluded"  # stored, but found unusable when it was read back or opened
+    EXCLUDED = (
+        "excluded"  # stored, but its device was evicted before the freeze, or it could not be read back
+    )
     ABORTED = "aborted"  # its round made no version
 
 

@@ -38,7 +38,7 @@ def reduce_extremum(b: Builder, n: Node, dy: str) -> Gradients:
 
 def reduce_sum_square(b: Builder, n: Node, dy: str) -> Gradients:
     """ReduceSumSquare."""
-    return [b.op("Mul", b.op("Mul", n.inputs[0], 2.0), _kept(b, n, dy))]
+    return [b.op("Mul", n.inputs[0], b.op("Mul", _kept(b, n, dy), 2.0))]
 
 
 def reduce_l1(b: Builder, n: Node, dy: str) -> Gradients:
@@ -88,6 +88,21 @@ def layer_normalization(b: Builder, n: Node, dy: str) -> Gradients:
     dscale = b.op("ReduceSum", b.op("Mul", dy, normalized), outer, keepdims=0)
     dbias = b.op("ReduceSum", dy, outer, keepdims=0)
     return [dx, dscale, dbias]
+
+
+def batch_normalization(b: Builder, n: Node, dy: str) -> Gradients:
+    """BatchNormalization by given statistics, which are constants: an affine function of each channel."""
+    if n.attributes.get("training_mode", 0):
+        raise MissingRule("has a gradient rule for given statistics only")
+    x, scale, _, mean, variance = n.inputs
+    rank = b.rank(x)
+    column = b.ints(-1, *[1] * (rank - 2))
+    across = b.ints(0, *range(2, rank))
+    deviation = b.op("Sqrt", b.op("Add", variance, n.attributes.get("epsilon", 1e-5)))
+    centred = b.op("Sub", x, b.op("Reshape", mean, column))
+    dx = b.op("Mul", dy, b.op("Reshape", b.op("Div", scale, deviation), column))
+    dscale = b.op("Div", b.op("ReduceSum", b.op("Mul", dy, centred), across, keepdims=0), deviation)
+    return [dx, dscale, b.op("ReduceSum", dy, across, keepdims=0), None, None]
 
 
 def _axes(b: Builder, n: Node) -> list[int]:

@@ -71,6 +71,7 @@ RULES: Mapping[str, Rule] = {
     "Transpose": shape.transpose,
     "Unsqueeze": shape.reshape,
     # reductions
+    "BatchNormalization": reduction.batch_normalization,
     "LayerNormalization": reduction.layer_normalization,
     "LogSoftmax": reduction.log_softmax,
     "ReduceL1": reduction.reduce_l1,

@@ -319,6 +319,36 @@ def test_normalisations(axis: int) -> None:
     )
 
 
+@covers("BatchNormalization")
+@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5), (2, 3, 4, 5)])
+def test_batch_normalisation_by_given_statistics(shape: tuple[int, ...]) -> None:
+    channels = shape[1]
+    mean, variance = normal(channels, seed=3), np.abs(normal(channels, seed=4)) + 0.1
+    check_gradients(
+        lambda b, *names: b.op(
+            "BatchNormalization", *names, b.constant(mean), b.constant(variance), epsilon=1e-3
+        ),
+        lambda x, w, b: F.batch_norm(
+            x, torch.from_numpy(mean).double(), torch.from_numpy(variance).double(), w, b, eps=1e-3
+        ),
+        [normal(*shape), normal(channels, seed=1), normal(channels, seed=2)],
+        batch=[0],
+    )
+
+
+def test_batch_normalisation_in_training_mode_is_refused() -> None:
+    def write(b: Builder, *names: str) -> str:
+        x, w, bias = names
+        return b.ops("BatchNormalization", x, w, bias, w, bias, outputs=3, training_mode=1)[0]
+
+    with pytest.raises(MissingRule, match="given statistics only"):
+        check_gradients(
+            write,
+            lambda x, w, b: F.batch_norm(x, None, None, w, b, True),
+            [normal(3, 4), normal(4, seed=1), normal(4, seed=2)],
+        )
+
+
 # ---- convolution and pooling ------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edge_runtime.protocol import certificates
@@ -14,6 +14,8 @@ from edge_runtime.protocol.identities import (
     DeviceCertificate,
     EnrolAnswer,
     EnrolRequest,
+    Revocation,
+    RevocationList,
     SignedBytes,
 )
 from edge_runtime.protocol.ids import DeviceId, FederationId, RoundId, sha256
@@ -23,6 +25,7 @@ from edge_runtime.protocol.messages import CheckIn, Chunk, Fetch, Receipt, Telem
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.rounds import FederationState, Verdict
+from edge_runtime.protocol.schedules import Schedule
 
 FEDERATION = FederationId("digits")
 DEVICE = DeviceId("pi-3")
@@ -70,6 +73,12 @@ AGGREGATOR_CERTIFICATE = AggregatorCertificate(
 )
 DEVICE_CERTIFICATE_SIGNED = certificates.issue_device(CRYPTO, ROOT, DEVICE_CERTIFICATE)
 AGGREGATOR_CERTIFICATE_SIGNED = certificates.issue_aggregator(CRYPTO, ROOT, AGGREGATOR_CERTIFICATE)
+REVOCATIONS = RevocationList(
+    federation=FEDERATION,
+    number=5_000_000_000,
+    entries=(Revocation(device=DeviceId("pi-1"), epoch=300), Revocation(device=DeviceId("pi-10"), epoch=1)),
+)
+REVOCATIONS_SIGNED = certificates.issue_revocations(CRYPTO, ROOT, REVOCATIONS)
 
 UPDATE = Update(
     samples=179,
@@ -90,8 +99,12 @@ MANIFEST = Manifest(
         epochs=3,
         steps=0,
         batch_size=32,
+        optimizer="sgd",
         learning_rate=0.125,
         momentum=0.875,
+        nesterov=True,
+        weight_decay=0.0625,
+        schedule=Schedule(shape="step", factor=0.5, every=20, after=10, warmup_rounds=3),
         max_grad_norm=5.0,
         beta=0.5,
         sample_cap=1000,
@@ -108,8 +121,20 @@ MANIFEST = Manifest(
     parameter_count=24,
 )
 MANIFEST_DIGEST = sha256(MANIFEST.encode())
-WAITING = Manifest(
-    **{**MANIFEST.__dict__, "state": FederationState.WAITING, "cohort": None, "sealing_key": b""}
+WAITING = replace(
+    MANIFEST,
+    state=FederationState.WAITING,
+    plan=Plan(
+        epochs=0,
+        steps=50,
+        optimizer="adamw",
+        adam_beta1=0.75,
+        adam_beta2=0.984375,
+        adam_epsilon=0.0009765625,
+        schedule=Schedule(shape="cosine", factor=0.25, rounds=60),
+    ),
+    cohort=None,
+    sealing_key=b"",
 )
 ENROL_REQUEST = EnrolRequest(
     token_id="0123456789abcdef", token_secret=TOKEN_SECRET, signing_key=public(DEVICE_KEY)
@@ -158,6 +183,7 @@ BODIES: dict[str, Any] = {
     "Cohort": Cohort(devices=(DeviceId("pi-1"), DeviceId("pi-3"))),
     "DeviceCertificate": DEVICE_CERTIFICATE,
     "AggregatorCertificate": AGGREGATOR_CERTIFICATE,
+    "RevocationList": REVOCATIONS,
     "SignedBytes": SignedBytes.decode(DEVICE_CERTIFICATE_SIGNED),
     "Header": Header(
         kind=Kind.UPDATE,

@@ -47,7 +47,7 @@ VECTORS = _load() if FILE.exists() else {"bodies": [], "envelopes": [], "seal_co
 
 def test_every_message_of_the_schema_and_every_kind_has_a_vector() -> None:
     covered = {row["schema"] for row in VECTORS["bodies"]} | {"Envelope"}
-    inside = {"Plan", "BlobRef"}  # only ever part of a manifest
+    inside = {"Plan", "Schedule", "BlobRef", "Revocation"}  # only ever part of another or a list
     elsewhere = {"Bundle", "File"}  # the artifact's files, tested with it
     assert covered | inside | elsewhere == set(wire.DESCRIPTOR.message_types_by_name)
     assert {row["kind"] for row in VECTORS["envelopes"]} == {kind.label for kind in Kind}
@@ -70,6 +70,8 @@ def test_certificates_of_the_vectors_verify_under_the_root_only() -> None:
         CRYPTO, root, samples.AGGREGATOR_CERTIFICATE_SIGNED, samples.FEDERATION, samples.ROUND
     )
     assert (device, aggregator) == (samples.DEVICE_CERTIFICATE, samples.AGGREGATOR_CERTIFICATE)
+    revocations = certificates.check_revocations(CRYPTO, root, samples.REVOCATIONS_SIGNED, samples.FEDERATION)
+    assert revocations == samples.REVOCATIONS
 
 
 @pytest.mark.parametrize("row", VECTORS["envelopes"], ids=lambda row: row["name"])

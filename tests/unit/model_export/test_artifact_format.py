@@ -51,16 +51,32 @@ def test_a_manifest_survives_a_round_trip() -> None:
     manifest = ArtifactManifest.from_bytes(MANIFEST)
     assert manifest.to_bytes() == MANIFEST
     assert manifest.parameter_count == 38_282
+    assert (manifest.trainable_count, manifest.buffer_count, manifest.dropout) == (38_282, 0, False)
+    assert manifest.optimizers == {"sgd": ("momentum",), "adam": ("exp_avg", "exp_avg_sq")}
     assert manifest.target.classes == 10
+
+
+def test_buffers_are_the_end_of_the_vector() -> None:
+    manifest = ArtifactManifest.from_bytes(changed("buffers", 2))
+    assert [spec.name for spec in manifest.parameters[-2:]] == ["out.weight", "out.bias"]
+    assert (manifest.trainable_count, manifest.buffer_count) == (38_282 - 650, 650)
+
+
+@pytest.mark.parametrize(("version", "remedy"), [(1, "build it again"), (3, "update this software")])
+def test_another_format_is_refused_with_what_to_do(version: int, remedy: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=remedy):
+        ArtifactManifest.from_bytes(changed("format", version))
 
 
 def test_a_bundle_holds_what_a_device_needs_and_no_parameters() -> None:
     artifact = from_bundle(BUNDLE)
     assert sorted(artifact.files) == [
+        "apply_adam.onnx",
         "apply_sgd.onnx",
         "eval.onnx",
         "grad.onnx",
         "infer.onnx",
+        "step_adam.onnx",
         "step_sgd.onnx",
     ]
     assert artifact.digest == read_artifact_folder(FOLDER).digest
@@ -72,7 +88,13 @@ def test_a_bundle_holds_what_a_device_needs_and_no_parameters() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("format", 2),
+        ("format", 1),
+        ("buffers", 8),
+        ("buffers", -1),
+        ("dropout", 0),
+        ("optimizers", {"sgd": ["momentum"]}),
+        ("optimizers/adam", ["exp_avg"]),
+        ("optimizers/lion", ["momentum"]),
         ("opset", "18"),
         ("opset", True),
         ("extra", 1),

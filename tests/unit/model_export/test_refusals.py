@@ -65,10 +65,47 @@ class Named(nn.Module):
         return x * self.theta
 
 
+class Counter(Head):
+    def __init__(self) -> None:
+        super().__init__(torch.tanh)
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += x.detach().mean(0)  # type: ignore[operator,misc]
+        return super().forward(x) + self.seen
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, dropout=0.1)
+
+
 REFUSED: dict[str, tuple[nn.Module, str]] = {
     "float64": (nn.Linear(4, 4).double(), r"parameter weight is torch.float64; convert"),
-    "batch norm": (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), r"BatchNorm1d at 1: .* GroupNorm"),
-    "dropout": (nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1)), r"Dropout at 1: set its probability to 0"),
+    "cumulative average": (
+        nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None)),
+        r"BatchNorm1d at 1: momentum=None .* give it a momentum",
+    ),
+    "synchronised": (
+        nn.Sequential(nn.Linear(4, 4), nn.SyncBatchNorm(4)),
+        r"SyncBatchNorm at 1: .* GroupNorm",
+    ),
+    "instance statistics": (nn.InstanceNorm1d(4, track_running_stats=True), r"InstanceNorm1d at the top"),
+    "all in eval": (
+        nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval(),
+        r"the whole module is in eval\(\).*module.train\(\) in build\(\)",
+    ),
+    "counter": (Counter(), r"forward\(\) changes the buffers seen: only running statistics"),
+    "alpha dropout": (
+        nn.Sequential(nn.Linear(4, 4), nn.AlphaDropout(0.1)),
+        r"AlphaDropout at 1: .* use Dropout",
+    ),
+    "functional alpha dropout": (
+        Head(lambda x: F.alpha_dropout(x, 0.5, True)),
+        "alpha_dropout .* is not covered",
+    ),
+    "attention dropout": (Attention(), r"MultiheadAttention at attention: dropout .* dropout=0"),
     "recurrent": (nn.LSTM(4, 4), r"LSTM at the top"),
     "frozen": (frozen(), r"parameter bias is frozen"),
     "no parameters": (nn.ReLU(), r"0 parameter tensors"),
@@ -79,7 +116,6 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "scaled gradients": (nn.Embedding(9, 4, scale_grad_by_freq=True), "scale_grad_by_freq .* leave it out"),
     "gradient hook": (hooked(), "parameter weight has a gradient hook"),
     "backward hook": (hooked_backward(), "Linear at the top has a backward hook"),
-    "functional dropout": (Head(lambda x: F.dropout(x, 0.5)), r"Dropout in Head"),
 }
 
 
@@ -93,13 +129,6 @@ def test_an_unsupported_model_is_refused_by_name(name: str) -> None:
 def test_an_output_without_the_batch_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="every output must have the batch first"):
         export(Head(lambda x: x.sum(0)), loss=lambda output, target: output.mean())
-
-
-def test_buffers_are_refused() -> None:
-    module = nn.Linear(4, 4)
-    module.register_buffer("mean", torch.zeros(4))
-    with pytest.raises(UnsupportedModel, match="buffers \\(mean\\)"):
-        export(module)
 
 
 def test_a_parameter_that_no_gradient_reaches_is_refused() -> None:

@@ -18,6 +18,7 @@ from edge_runtime.protocol.manifest import Cohort
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.rounds import Verdict
+from edge_runtime.protocol.schedules import MAX_ROUNDS, SHAPES, Schedule
 from tests.support import message_samples as samples
 from tests.support.message_samples import BODIES, FEDERATION, MANIFEST
 
@@ -99,6 +100,34 @@ PLANS = [
     {"learning_rate": NAN},
     {"momentum": 1.0},
     {"momentum": -0.1},
+    {"optimizer": ""},
+    {"optimizer": "lamb"},
+    {"nesterov": True, "momentum": 0.0},
+    {"nesterov": True, "optimizer": "adam"},
+    {"weight_decay": -0.1},
+    {"weight_decay": 101.0},
+    {"weight_decay": NAN},
+    {"adam_beta1": -0.1},
+    {"adam_beta1": NAN},
+    {"adam_beta2": 0.9999999},
+    {"adam_beta2": NAN},
+    {"adam_epsilon": 0.0},
+    {"adam_epsilon": INFINITY},
+    {"schedule": Schedule(factor=0.5)},
+    {"schedule": Schedule(every=20)},
+    {"schedule": Schedule(after=20)},
+    {"schedule": Schedule(rounds=20)},
+    {"schedule": Schedule(warmup_rounds=MAX_ROUNDS + 1)},
+    {"schedule": Schedule(shape="step", factor=0.5)},
+    {"schedule": Schedule(shape="step", factor=0.0, every=1)},
+    {"schedule": Schedule(shape="step", factor=1.1, every=1)},
+    {"schedule": Schedule(shape="step", factor=NAN, every=1)},
+    {"schedule": Schedule(shape="step", factor=0.5, every=1, rounds=1)},
+    {"schedule": Schedule(shape="cosine", factor=0.5)},
+    {"schedule": Schedule(shape="cosine", factor=-0.1, rounds=10)},
+    {"schedule": Schedule(shape="cosine", factor=INFINITY, rounds=10)},
+    {"schedule": Schedule(shape="cosine", rounds=10, warmup_rounds=10)},
+    {"schedule": Schedule(shape="cosine", rounds=10, every=1)},
     {"max_grad_norm": -1.0},
     {"max_grad_norm": INFINITY},
     {"beta": -1.1},
@@ -118,6 +147,29 @@ def test_a_plan_beyond_its_bounds_is_malformed(changes: dict[str, Any]) -> None:
     with pytest.raises(RemoteProtocolError) as refusal:
         Plan.from_wire(replace(Plan(), **changes).to_wire())
     assert refusal.value.reject is Reject.MALFORMED
+
+
+def test_a_plan_that_names_no_optimizer_or_an_unknown_shape_is_malformed() -> None:
+    silent, curved = Plan().to_wire(), Plan().to_wire()
+    silent.ClearField("optimizer")
+    curved.schedule.shape = len(SHAPES)
+    for message in (silent, curved):
+        with pytest.raises(RemoteProtocolError, match="malformed"):
+            Plan.from_wire(message)
+
+
+def test_the_author_of_a_plan_is_told_the_key_of_the_schedule() -> None:
+    for schedule, complaint in (
+        (Schedule(shape="linear"), "schedule.shape must be one of constant, step, cosine"),
+        (Schedule(shape="cosine", rounds=9, every=5), "schedule.every means nothing to the shape cosine"),
+        (Schedule(shape="step", factor=0.5), "schedule.every at least 1"),
+    ):
+        assert complaint in str(Plan(schedule=schedule).problem())
+
+
+def test_a_schedule_that_is_absent_is_constant() -> None:
+    assert not Plan().to_wire().HasField("schedule")
+    assert Plan.from_wire(Plan().to_wire()).schedule == Schedule()
 
 
 def test_the_plan_nobody_has_changed_has_no_problem() -> None:

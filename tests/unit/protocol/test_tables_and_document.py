@@ -14,6 +14,7 @@ from edge_runtime.protocol.ids import DeviceId, FederationId, sha256
 from edge_runtime.protocol.kinds import KIB, MIB, Direction, Kind
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.rounds import MOVES, FederationState, Outcome, Phase, Verdict
+from edge_runtime.protocol.schedules import SHAPES
 
 DOCUMENT = Path("docs/protocol.md").read_text()
 
@@ -53,6 +54,11 @@ def test_the_document_has_the_table_of_refusals() -> None:
     assert _table("code", "name", "meaning", "what to do") == [
         (str(reject.code), reject.name, reject.meaning, reject.remedy) for reject in Reject
     ]
+
+
+def test_the_document_has_the_shapes_of_a_schedule() -> None:
+    shapes = [row[0].split(",")[0] for row in _table("shape", "m(v)", "its fields")]
+    assert shapes == [f"{number} {shape}" for number, shape in enumerate(SHAPES)]
 
 
 def test_the_document_has_the_phases_verdicts_outcomes_and_states() -> None:

@@ -3,48 +3,68 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from edge_runtime.backends.base import StepResult
+from edge_runtime.backends.base import Hyperparameters, StepResult, TrainingState
 from edge_runtime.data import Dataset
-from edge_runtime.protocol.ids import RoundId, device_id
+from edge_runtime.protocol.errors import LocalProtocolError
+from edge_runtime.protocol.ids import RoundId, device_id, sha256
 from edge_runtime.protocol.plan import Plan
+from edge_runtime.protocol.schedules import Schedule
+from edge_runtime.protocol.tensors import check_vector
+from edge_runtime.training.checkpoint import Checkpoint, CheckpointError
 from edge_runtime.training.trainer import (
+    LocalTraining,
     TrainingDiverged,
     TrainingResult,
     batch_seed,
     delta,
     total_steps,
-    train,
 )
 
 SEED = bytes(32)
 
 
 class LeastSquares:
-    """SGD with momentum on mean((x @ theta - y)^2): a whole backend in a few lines; records its batches."""
+    """SGD with momentum on mean((x @ theta - y)^2): a whole backend in a few lines; records what it is asked."""
 
     def __init__(self):
-        self.batches = []
+        self.batches, self.hypers, self.dropout_seeds = [], [], []
 
     def start(self, theta):
-        self._theta, self._velocity = theta.copy(), np.zeros_like(theta)
+        self.resume(TrainingState(theta))
 
-    def step(self, inputs, target, *, learning_rate, momentum, max_grad_norm):
+    def resume(self, state):
+        check_vector(3, state.theta)
+        self._theta, self._steps = state.theta.copy(), state.steps
+        self._velocity = state.vectors[0].copy() if state.vectors else np.zeros_like(state.theta)
+
+    def state(self):
+        vectors = (self._velocity.copy(),) if self._steps else ()
+        return TrainingState(self.theta(), "sgd" if self._steps else "", vectors, self._steps)
+
+    def step(self, inputs, target, hyper, *, dropout_seed=0):
         (x,) = inputs
         assert x.flags.c_contiguous
         assert len(x) == len(target)
         self.batches.append(x[:, -1].astype(int).tolist())
+        self.hypers.append(hyper)
+        self.dropout_seeds.append(dropout_seed)
         error = x @ self._theta - target
         gradient = 2 * x.T @ error / len(x)
         norm = float(np.linalg.norm(gradient))
-        if max_grad_norm and norm > max_grad_norm:
-            gradient *= max_grad_norm / norm
-        self._velocity = momentum * self._velocity + gradient
-        self._theta -= np.float32(learning_rate) * self._velocity
+        if hyper.max_grad_norm and norm > hyper.max_grad_norm:
+            gradient *= hyper.max_grad_norm / norm
+        self._velocity = np.float32(hyper.momentum) * self._velocity + gradient
+        self._theta -= np.float32(hyper.learning_rate) * self._velocity
+        self._steps += 1
         return StepResult(float(np.mean(error**2)), norm)
 
     def theta(self):
@@ -60,12 +80,15 @@ def dataset(samples=10):
     return Dataset(inputs=(x,), target=y)
 
 
-def run(plan, data=None, seed=SEED, should_stop=lambda: False):
-    session = LeastSquares()
-    steps = []
-    generator = train(
-        session, data or dataset(), plan, np.zeros(3, np.float32), seed=seed, should_stop=should_stop
-    )
+def training(session, plan=None, data=None, seed=SEED, version=0, **more):
+    start = np.zeros(3, np.float32)
+    return LocalTraining(session, data or dataset(), plan or PLAN, start, seed=seed, version=version, **more)
+
+
+def run(plan, **more):
+    """(session, steps, result) of a whole training."""
+    session, steps = LeastSquares(), []
+    generator = training(session, plan, **more).steps()
     while True:
         try:
             steps.append(next(generator))
@@ -156,7 +179,7 @@ def test_a_parameter_that_ends_infinite_is_divergence():
             return np.array([0, np.inf, 0], np.float32)
 
     with pytest.raises(TrainingDiverged, match="a parameter is not finite"):
-        list(train(Last(), dataset(), PLAN, np.zeros(3, np.float32), seed=SEED))
+        training(Last()).run()
 
 
 def test_the_number_of_steps_is_known_before_training():
@@ -174,3 +197,113 @@ def test_the_delta_is_new_minus_base_in_float32():
 
 def test_a_result_is_a_training_result():
     assert isinstance(run(PLAN)[2], TrainingResult)
+    np.testing.assert_array_equal(training(LeastSquares()).run().theta, run(PLAN)[2].theta)
+    with pytest.raises(LocalProtocolError, match="driven by its steps"):
+        training(LeastSquares(), should_stop=lambda: True).run()
+
+
+# ---- what the plan says of each step ----------------------------------------------------------------
+
+
+def test_every_step_has_the_plans_optimizer_and_the_rate_of_its_version():
+    plan = Plan(
+        epochs=2,
+        batch_size=4,
+        optimizer="adamw",
+        learning_rate=0.001,
+        weight_decay=0.1,
+        adam_beta1=0.8,
+        adam_beta2=0.99,
+        adam_epsilon=1e-6,
+        schedule=Schedule(shape="step", factor=0.5, every=20),
+    )
+    for version, rate in ((0, 0.001), (19, 0.001), (20, 0.0005), (40, 0.00025)):
+        session, _, _ = run(plan, version=version)
+        assert set(session.hypers) == {
+            Hyperparameters(
+                optimizer="adamw",
+                learning_rate=rate,
+                momentum=0.9,
+                weight_decay=0.1,
+                beta1=0.8,
+                beta2=0.99,
+                epsilon=1e-6,
+                max_grad_norm=5.0,
+            )
+        }
+
+
+def test_every_step_has_a_fresh_dropout_seed_that_repeats_with_the_training():
+    session, again, other = run(PLAN)[0], run(PLAN)[0], run(PLAN, seed=b"\1" * 32)[0]
+    seeds = session.dropout_seeds
+    assert len(set(seeds)) == len(seeds) == 9
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+    assert seeds == again.dropout_seeds
+    assert not set(seeds) & set(other.dropout_seeds)
+
+
+# ---- stopping and going on --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", range(10))
+def test_a_training_resumed_at_any_step_ends_with_the_same_bytes(stop):
+    whole, steps, result = run(PLAN)
+    first = training(LeastSquares())
+    driver = first.steps()
+    made = [next(driver) for _ in range(stop)]
+    kept = first.checkpoint().to_bytes()
+    later, rest, end = run(PLAN, resume=Checkpoint.from_bytes(kept))
+    assert made + rest == steps
+    assert later.batches == whole.batches[stop:]
+    assert later.dropout_seeds == whole.dropout_seeds[stop:]
+    assert end.theta.tobytes() == result.theta.tobytes()
+    assert end[1:] == result[1:]
+
+
+def checkpoint_after(steps, **more):
+    one = training(LeastSquares(), **more)
+    driver = one.steps()
+    for _ in range(steps):
+        next(driver)
+    return one.checkpoint()
+
+
+def test_a_checkpoint_is_a_copy_that_later_steps_do_not_touch():
+    one = training(LeastSquares())
+    driver = one.steps()
+    next(driver)
+    checkpoint = one.checkpoint()
+    before = checkpoint.to_bytes()
+    list(driver)
+    assert checkpoint.to_bytes() == before
+
+
+def test_a_checkpoint_of_other_data_another_plan_or_another_model_is_refused():
+    for checkpoint in (
+        checkpoint_after(2, data=dataset(11)),
+        checkpoint_after(10, plan=Plan(epochs=4, batch_size=4, learning_rate=0.001)),
+        replace(checkpoint_after(1), state=TrainingState(np.zeros(3, np.float32), "adam", (), 1)),
+        replace(checkpoint_after(1), state=TrainingState(np.zeros(4, np.float32))),
+    ):
+        with pytest.raises(CheckpointError, match="the checkpoint is of"):
+            training(LeastSquares(), resume=checkpoint)
+
+
+def test_a_damaged_checkpoint_is_an_error_wherever_it_is_damaged():
+    raw = checkpoint_after(2).to_bytes()
+    damaged = [raw[:end] for end in range(len(raw))] + [raw + b"\0"]
+    damaged += [raw[:at] + bytes([raw[at] ^ 0x10]) + raw[at + 1 :] for at in range(len(raw))]
+    for content in damaged:
+        with pytest.raises(CheckpointError):
+            Checkpoint.from_bytes(content)
+
+
+@given(content=st.binary(max_size=300), at=st.integers(0, 120))
+def test_any_bytes_with_a_right_digest_are_a_checkpoint_or_an_error(content, at):
+    raw = checkpoint_after(2).to_bytes()[:-32]
+    forged = raw[:at] + content + raw[at + len(content) :]
+    with suppress(CheckpointError):
+        checkpoint = Checkpoint.from_bytes(forged + sha256(forged))
+        assert checkpoint.to_bytes()[:-32] == forged
+        with suppress(CheckpointError):
+            training(LeastSquares(), resume=checkpoint)
