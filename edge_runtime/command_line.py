@@ -13,8 +13,14 @@ from edge_runtime.protocol.errors import FleetgradError
 
 FAILED = 1
 # The extra that each program needs.
-_EXTRAS = {"edge-runtime": "device", "aggregator": "aggregator", "model-export": "export", "fldemo": "tools"}
-_OURS = ("edge_runtime", "aggregator", "model_export", "fldemo")
+_EXTRAS = {
+    "edge-runtime": "device",
+    "aggregator": "aggregator",
+    "model-export": "export",
+    "fldemo": "tools",
+    "flperftest": "tools",
+}
+_OURS = ("edge_runtime", "aggregator", "model_export", "fldemo", "flperftest")
 Report = Callable[..., None]
 """``report(event, **fields)``: what is happening."""
 
@@ -48,6 +54,16 @@ def stopped_by_signal() -> Callable[[], bool]:
 def printable(text: str) -> str:
     """ASCII without control characters: what a stranger sent can neither break nor repaint a terminal."""
     return "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode() for c in text)
+
+
+def tee(*reports: Report) -> Report:
+    """Each event to all of them, in this order."""
+
+    def report(event: str, **fields: object) -> None:
+        for each in reports:
+            each(event, **fields)
+
+    return report
 
 
 def json_report(**common: object) -> Report:

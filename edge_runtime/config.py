@@ -5,31 +5,72 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
-from edge_runtime.data import DataSource, NpzFile, PythonFunction
+from edge_runtime.data import CsvFile, DataSource, NpzFile, NpzFolder, PythonFunction, SqliteQuery
+from edge_runtime.device.policy import PolicyConfig
+from edge_runtime.protocol.errors import LocalProtocolError
 from edge_runtime.protocol.messages import MAX_TTL_S, Telemetry
 from edge_runtime.settings import BadSetting, load, read_hex_file, require
 from edge_runtime.transport.broker_config import BrokerConfig
 
 PYTHON_PREFIX = "python:"
+NamedSource: TypeAlias = NpzFile | NpzFolder | PythonFunction  # what one text in ``source`` can name
+_SOURCES = ("source", "csv", "sqlite")
+_INPUTS, _TARGET = ("x",), "y"
+_FORMS = '"data.npz", "folder/" of .npz files, or "python:module:function"'
+_SECTIONS = {".csv": "csv", ".tsv": "csv", ".db": "sqlite", ".sqlite": "sqlite", ".sqlite3": "sqlite"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """``inputs``, ``target``: names of the arrays in an ``.npz``, the inputs in the order of the model's."""
+    """Exactly one of ``source``, ``csv`` and ``sqlite`` is there; ``origin`` is what it describes.
 
-    source: DataSource
-    inputs: tuple[str, ...] = ("x",)
-    target: str = "y"
+    ``inputs``, ``target``: names of the arrays in ``.npz`` files, the inputs in the order of the model's.
+    """
+
+    source: NamedSource | None = None
+    inputs: tuple[str, ...] | None = None
+    target: str | None = None
+    csv: CsvFile | None = None
+    sqlite: SqliteQuery | None = None
     max_size_mb: int = 1024
 
     def __post_init__(self) -> None:
-        require(len(self.inputs) > 0, "inputs", None, "name at least one array")
-        names = (*self.inputs, self.target)
+        given = [key for key in _SOURCES if getattr(self, key) is not None]
+        require(len(given) > 0, "source", None, f"name one of {', '.join(_SOURCES)}")
+        require(len(given) == 1, given[-1], getattr(self, given[-1]), f"choose one of {' and '.join(given)}")
+        has_arrays = isinstance(self.source, NpzFile | NpzFolder)
+        for key in ("inputs", "target"):
+            value = getattr(self, key)
+            require(
+                value is None or has_arrays,
+                key,
+                list(value) if isinstance(value, tuple) else value,
+                "this names arrays of .npz files; columns are named in the section of their source",
+            )
+        inputs, target = self.inputs or (), self.target or _TARGET
+        require(self.inputs is None or len(inputs) > 0, "inputs", None, "name at least one array")
+        names = (*(inputs or _INPUTS), target)
         require(
             len(set(names)) == len(names), "inputs", list(names), "inputs and target must be different arrays"
         )
         require(1 <= self.max_size_mb <= 1 << 20, "max_size_mb", self.max_size_mb, "1 to 1048576")
+
+    @property
+    def origin(self) -> DataSource:
+        """The one source, with all that is needed to read it."""
+        source = self.csv or self.sqlite or self.source
+        if isinstance(source, NpzFile | NpzFolder):
+            return dataclasses.replace(source, inputs=self.inputs or _INPUTS, target=self.target or _TARGET)
+        if source is None:
+            raise LocalProtocolError("a DataConfig without a source")
+        return source
+
+    @property
+    def max_bytes(self) -> int:
+        """Of all arrays together."""
+        return self.max_size_mb << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +85,16 @@ class LimitsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """``seed_file``: 64 hex digits for the batch order; None: made once, kept in the state."""
+    """``seed_file``: 64 hex digits for the batch order; None: made once, kept in the state.
+
+    ``checkpoint_s``: seconds of training between two checkpoints; a device killed loses at most that.
+    """
 
     seed_file: Path | None = None
+    checkpoint_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        require(0.1 <= self.checkpoint_s <= 86_400, "checkpoint_s", self.checkpoint_s, "0.1 to 86400")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +137,12 @@ class DeviceConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     checkin: CheckinConfig = field(default_factory=CheckinConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
 
 
 def load_device_config(path: Path) -> DeviceConfig:
     """``device.toml`` as a DeviceConfig. Raises ConfigError (``settings.load``)."""
-    return load(path, DeviceConfig, {DataSource: _read_source})
+    return load(path, DeviceConfig, {NamedSource | None: _read_source})
 
 
 def read_seed_file(path: Path) -> bytes:
@@ -101,9 +150,9 @@ def read_seed_file(path: Path) -> bytes:
     return read_hex_file(path, 32)
 
 
-def _read_source(value: object, folder: Path) -> DataSource:
+def _read_source(value: object, folder: Path) -> NamedSource:
     if not isinstance(value, str):
-        raise BadSetting("", str(value)[:80], 'expected text: "data.npz" or "python:module:function"')
+        raise BadSetting("", str(value)[:80], f"expected text: {_FORMS}")
     if value.startswith(PYTHON_PREFIX):
         module, _, function = value.removeprefix(PYTHON_PREFIX).partition(":")
         if not all(part.isidentifier() for part in module.split(".")) or not function.isidentifier():
@@ -111,6 +160,14 @@ def _read_source(value: object, folder: Path) -> DataSource:
                 "", f'"{value[:80]}"', "expected python:module:function, such as python:sensors:load"
             )
         return PythonFunction(module, function, folder)
-    if not value.endswith(".npz") or "\0" in value:
-        raise BadSetting("", f'"{value[:80]}"', "expected a file.npz or python:module:function")
-    return NpzFile(folder / Path(value).expanduser())
+    path = folder / Path(value).expanduser()
+    if value.endswith(".npz") and "\0" not in value:
+        return NpzFile(path)
+    if value.endswith("/") and "\0" not in value:
+        return NpzFolder(path)
+    section = _SECTIONS.get(path.suffix.lower())
+    raise BadSetting(
+        "",
+        f'"{value[:80]}"',
+        f"this is described in its own section, [data.{section}]" if section else f"expected {_FORMS}",
+    )

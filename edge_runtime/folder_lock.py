@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 
 from edge_runtime.protocol.errors import Fault, FleetgradError
 
 LOCK_NAME = "lock"
 _MODE = 0o600
+_ATTEMPTS, _PAUSE_S = 3, 0.01
 
 
 class FolderInUseError(
@@ -30,14 +32,19 @@ class FolderLock:
         """Raises FolderInUseError naming the process that holds the folder."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         self._descriptor: int | None = os.open(folder / LOCK_NAME, flags, _MODE)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
-            self.release()
-            raise FolderInUseError(
-                f"{folder} is in use by process {holder}: stop that one, or use another folder"
-            ) from None
+        for patience in reversed(range(_ATTEMPTS)):
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if patience:  # ``holder_of`` of another process takes it for a moment
+                    time.sleep(_PAUSE_S)
+                    continue
+                holder = _named_in(self._descriptor)
+                self.release()
+                raise FolderInUseError(
+                    f"{folder} is in use by process {holder}: stop that one, or use another folder"
+                ) from None
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
 
@@ -52,3 +59,25 @@ class FolderLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def holder_of(folder: Path) -> str | None:
+    """The process id of whoever holds ``folder``, "unknown" if it does not say; None: nobody does.
+
+    OSError passes through, except that a folder without a lock file is held by nobody.
+    """
+    try:
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _named_in(descriptor)
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _named_in(descriptor: int) -> str:
+    return os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"

@@ -7,29 +7,31 @@ while a long step runs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_runtime import session_values as sv
-from edge_runtime.backends.base import Backend, TrainingSession
+from edge_runtime.backends.base import Backend
 from edge_runtime.config import DeviceConfig
-from edge_runtime.data import Dataset, load_dataset
+from edge_runtime.data import load_dataset
 from edge_runtime.device import readings
+from edge_runtime.device.snapshot import Sensors, Snapshot
+from edge_runtime.device.watch import PolicyWatch
 from edge_runtime.protocol import codecs, topics
 from edge_runtime.protocol.artifact import Artifact, from_bundle
-from edge_runtime.protocol.crypto.prg import Stream, derive_seed
+from edge_runtime.protocol.crypto.prg import derive_seed
 from edge_runtime.protocol.crypto.provider import CryptoProvider
 from edge_runtime.protocol.errors import Fault, FleetgradError, RemoteProtocolError
 from edge_runtime.protocol.ids import Digest, RoundId
-from edge_runtime.protocol.manifest import Manifest
-from edge_runtime.protocol.messages import Telemetry, Update
+from edge_runtime.protocol.messages import Telemetry
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.rounds import FederationState
-from edge_runtime.protocol.tensors import TensorError, Vector, vector_from_bytes
+from edge_runtime.protocol.tensors import TensorError, vector_from_bytes
 from edge_runtime.session import Session, standing_subscriptions
 from edge_runtime.store import DeviceStore
-from edge_runtime.training.trainer import Step, TrainingDiverged, TrainingResult, batch_seed, delta, train
+from edge_runtime.training.trainer import TrainingDiverged, TrainingResult, batch_seed
+from edge_runtime.training_run import LoadedModel, TrainingRun
 from edge_runtime.transport import base as transport_base
 from edge_runtime.transport.base import NotConnected, Transport
 
@@ -60,31 +62,12 @@ class NotEnrolled(
         )
 
 
-@dataclass
-class _Run:
-    """One training in progress."""
-
-    manifest: Manifest
-    base: Vector
-    codec: str
-    started_at: float
-    steps: Generator[Step, None, TrainingResult | None] = field(init=False)
-    stopped: str | None = None  # why
-
-
-@dataclass(frozen=True)
-class _Model:
-    """What is kept between rounds: loading it is slow, and it changes only with the artifact."""
-
-    artifact: Digest
-    parameter_count: int
-    session: TrainingSession
-    dataset: Dataset
-
-
 @dataclass(kw_only=True)
 class Runtime:
-    """A device that takes part. ``clock``: seconds that never go back; ``entropy``: n random bytes."""
+    """A device that takes part. ``clock``: seconds that never go back; ``entropy``: n random bytes.
+
+    ``sensors``: a fresh snapshot of the machine for the policy; None: of this one.
+    """
 
     config: DeviceConfig
     store: DeviceStore
@@ -96,9 +79,12 @@ class Runtime:
     entropy: Callable[[int], bytes]
     seed: bytes
     report: Report
+    sensors: Callable[[], Snapshot] | None = None
     _session: Session = field(init=False)
-    _run: _Run | None = field(default=None, init=False)
-    _model: _Model | None = field(default=None, init=False)
+    _watch: PolicyWatch = field(init=False)
+    _run: TrainingRun | None = field(default=None, init=False)
+    _model: LoadedModel | None = field(default=None, init=False)
+    _samples: int = field(default=0, init=False)
     _max_packet_bytes: int | None = field(default=None, init=False)
     _should_stop: Callable[[], bool] = field(default=lambda: False, init=False)
 
@@ -129,6 +115,10 @@ class Runtime:
             artifacts=set(self.store.blobs.digests()),
         )
 
+        policy = self.config.policy
+        read = self.sensors or Sensors(self.store.folder, policy.metered).read
+        self._watch = PolicyWatch(policy, read)
+
     def run(
         self, *, should_stop: Callable[[], bool], until_finished: bool = False, open_timeout_s: float = 30.0
     ) -> None:
@@ -140,20 +130,22 @@ class Runtime:
         self._should_stop = should_stop
         for pattern in standing_subscriptions(self.identity):
             self.transport.subscribe(pattern)
+        self._heed_policy()
         self.transport.open(open_timeout_s)
         try:
             while not should_stop():
                 if until_finished and self._finished():
                     return
-                if self._run is not None:
-                    self._train_a_while()
+                self._heed_policy()
+                self._train_a_while()
                 event = self.transport.next_event(self._patience())
                 self._handle(self._translate(event))
                 self._check_packet_limit()
                 if isinstance(event, transport_base.Received):
                     self.transport.ack(event)
+            self._pause_training("the runtime stops")
         finally:
-            self._stop_training("the runtime stops")
+            self._run = None
             self._say_presence(OFFLINE)
             self.transport.close()
 
@@ -177,6 +169,20 @@ class Runtime:
     def _handle(self, event: sv.Event) -> None:
         for effect in self._session.handle(self.clock(), event):
             self._perform(effect)
+        if self._session.manifest_digest is not None:
+            self.store.checkpoints.keep_only(self._session.manifest_digest)
+
+    def _heed_policy(self) -> None:
+        found = self._watch.look(self.clock())
+        if found is None:
+            return
+        if found:
+            why = "; ".join(violation.sentence for violation in found)
+            self.report("ineligible", reasons=", ".join(violation.name for violation in found), detail=why)
+        else:
+            self.report("eligible")
+        may_send = not any(violation.keeps_back for violation in found)
+        self._handle(sv.Eligibility(may_train=not found, may_send=may_send))
 
     def _check_packet_limit(self) -> None:
         manifest = self._session.manifest
@@ -209,10 +215,12 @@ class Runtime:
                 self.store.advance_round(effect.round_id)
             case sv.Journal():
                 self.store.outbox.put(effect.entry)
+                self.store.checkpoints.keep_only(None)
                 size = sum(len(message.payload) for message in effect.entry.messages)
                 self.report("update_journalled", round=effect.entry.round_id.number, bytes=size)
             case sv.Settle():
                 self.store.outbox.remove(effect.round_id)
+                self.store.checkpoints.keep_only(None)  # no training runs while a round is settled
                 self.report(
                     "settled",
                     round=effect.round_id.number,
@@ -224,7 +232,12 @@ class Runtime:
             case sv.Train():
                 self._start_training(effect)
             case sv.StopTraining():
-                self._stop_training(effect.reason)
+                self._end_training(effect.reason)
+            case sv.PauseTraining():
+                if self._run is not None:
+                    begun = self._run.train
+                    self._pause_training("not eligible")
+                    self._handle(sv.TrainingPaused(begun))
             case sv.Refused():
                 self.report("refused", reject=effect.reject.name.lower(), detail=effect.detail)
             case sv.FederationFinished():
@@ -273,40 +286,43 @@ class Runtime:
                     f"artifact of {model.parameter_count} parameters, manifest of {manifest.parameter_count}",
                 )
         except StopIteration:
-            self._sit_out(manifest, f"no codec of {', '.join(manifest.plan.codecs)} can be used here")
+            self._sit_out(
+                manifest.round_id, f"no codec of {', '.join(manifest.plan.codecs)} can be used here"
+            )
             return
         except (RemoteProtocolError, TensorError) as error:
-            self._sit_out(manifest, str(error))
+            self._sit_out(manifest.round_id, str(error))
             return
-        run = self._run = _Run(manifest, theta, codec, self.clock())
-        run.steps = train(
-            model.session,
-            model.dataset,
-            manifest.plan,
-            theta,
+        run = self._run = TrainingRun(
+            *(effect, theta, model),
+            codec=codec,
             seed=batch_seed(self.seed, manifest.round_id, self.identity.device),
-            should_stop=lambda: run.stopped is not None or self._should_stop(),
+            checkpoints=self.store.checkpoints,
+            every_s=self.config.training.checkpoint_s,
+            clock=self.clock,
         )
-        self.report("training_started", round=manifest.round_id.number, samples=model.dataset.samples)
+        number = manifest.round_id.number
+        if run.damage is not None:
+            self.report("checkpoint_damaged", round=number, detail=run.damage)
+        if run.resumed_at:
+            self.report("training_resumed", round=number, step=run.resumed_at)
+        else:
+            self.report("training_started", round=number, samples=model.dataset.samples)
 
-    def _load(self, digest: Digest) -> _Model | None:
+    def _load(self, digest: Digest) -> LoadedModel | None:
         """None: the cache has it no longer."""
-        if self._model is not None and self._model.artifact == digest:
+        data = self.config.data
+        stamp = data.origin.stamp()
+        if self._model is not None and (self._model.artifact, self._model.data_stamp) == (digest, stamp):
             return self._model
         content = self.store.blobs.get(digest)
         if content is None:
             return None
         artifact: Artifact = from_bundle(content)
-        data = self.config.data
-        dataset = load_dataset(
-            data.source,
-            artifact.manifest,
-            inputs=data.inputs,
-            target=data.target,
-            max_bytes=data.max_size_mb << 20,
-        )
+        dataset = load_dataset(data.origin, artifact.manifest, max_bytes=data.max_bytes)
         session = self.backend.load(artifact, threads=self.config.limits.threads)
-        self._model = _Model(digest, artifact.manifest.parameter_count, session, dataset)
+        self._model = LoadedModel(digest, artifact.manifest.parameter_count, session, dataset, stamp)
+        self._samples = dataset.samples
         return self._model
 
     def _train_a_while(self) -> None:
@@ -315,48 +331,31 @@ class Runtime:
             return
         until = self.clock() + STEPS_BETWEEN_POLLS_S
         try:
-            while True:
-                step = next(run.steps)
-                _log.debug("step %d of %d: loss %.4f", step.index, step.total, step.loss)
-                if self.clock() >= until:
+            while not self._should_stop():
+                if (result := run.advance()) is not None:
+                    self._run = None
+                    self._finish_training(run, result)
                     return
-        except StopIteration as end:
-            self._run = None
-            if end.value is not None:
-                self._finish_training(run, end.value)
-            else:
-                reason = run.stopped or "the runtime stops"
-                self.report("training_stopped", round=run.manifest.round_id.number, reason=reason)
+                if self.clock() >= until:
+                    break
         except TrainingDiverged as error:
             self._run = None
-            self._sit_out(run.manifest, str(error))
-
-    def _finish_training(self, run: _Run, result: TrainingResult) -> None:
-        round_id = run.manifest.round_id
-        try:
-            change = delta(result.theta, run.base)
-        except TrainingDiverged as error:
-            self._sit_out(run.manifest, str(error))
+            self._sit_out(run.round_id, str(error))
             return
-        codec = codecs.codec_named(run.codec)
+        if run.checkpoint_due():
+            self._checkpoint(run)
+
+    def _finish_training(self, run: TrainingRun, result: TrainingResult) -> None:
+        round_id = run.round_id
         seed = derive_seed(self.seed, "codec", round_id.generation, round_id.number, self.identity.device)
-        encoded, _ = codec.encode(change, codec.init(change.size), Stream(seed))
-        update = Update(
-            samples=result.samples,
-            steps=result.steps,
-            loss_first=result.loss_first,
-            loss_last=result.loss_last,
-            codec=run.codec,
-            delta=encoded,
-            parameter_count=change.size,
-        )
-        train_s = self.clock() - run.started_at
+        update = run.update(result, seed)
+        train_s = run.trained_s
         counters = self.transport.counters
         telemetry = Telemetry(
             train_s=train_s,
             steps=result.steps,
             samples=result.samples,
-            peak_memory_bytes=readings.peak_memory_bytes(),
+            peak_memory_bytes=readings.peak_memory_bytes() or 0,
             bytes_up=counters.bytes_up,
             bytes_down=counters.bytes_down,
             temperature_c=readings.temperature_c() or 0.0,
@@ -367,19 +366,30 @@ class Runtime:
         )
         self._handle(sv.Trained(round_id, update, self.config.telemetry.permitted(telemetry)))
 
-    def _sit_out(self, manifest: Manifest, reason: str) -> None:
-        self.report("training_failed", round=manifest.round_id.number, reason=reason)
-        self._handle(sv.TrainingFailed(manifest.round_id, reason))
+    def _sit_out(self, round_id: RoundId, reason: str) -> None:
+        self.report("training_failed", round=round_id.number, reason=reason)
+        self._handle(sv.TrainingFailed(round_id, reason))
 
-    def _stop_training(self, reason: str) -> None:
+    def _checkpoint(self, run: TrainingRun) -> None:
+        if run.save():
+            self.report("checkpoint_written", round=run.round_id.number, step=run.step)
+
+    def _pause_training(self, reason: str) -> None:
+        """To be resumed, here or in the next life of this device; memory is free meanwhile."""
         if self._run is not None:
-            self._run.stopped = reason
-            self._train_a_while()  # asks whether it should stop before anything else
+            self._checkpoint(self._run)
+            self._end_training(reason)
+            self._model = None
+
+    def _end_training(self, reason: str) -> None:
+        if self._run is not None:
+            self.report("training_stopped", round=self._run.round_id.number, reason=reason)
+            self._run = None
 
     def _capability(self) -> sv.Capability:
         return sv.Capability(
-            samples=self._model.dataset.samples if self._model else 0,
-            free_memory_bytes=readings.free_memory_bytes(),
+            samples=self._samples,
+            free_memory_bytes=readings.free_memory_bytes() or 0,
             codecs=codecs.available(),
             runtime=self.runtime_name,
             ttl_s=self.config.checkin.ttl_s,

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 from edge_runtime import session_values as sv
 from edge_runtime.blob_fetch import BlobFetch
+from edge_runtime.outgoing import Outgoing
 from edge_runtime.protocol import certificates, topics
-from edge_runtime.protocol.crypto.keys import SealingPublicKey, VerifyKey
+from edge_runtime.protocol.crypto.keys import VerifyKey
 from edge_runtime.protocol.crypto.provider import CryptoProvider
-from edge_runtime.protocol.envelope import Header, pack, seal_context, unpack
+from edge_runtime.protocol.envelope import unpack
 from edge_runtime.protocol.errors import LocalProtocolError, RemoteProtocolError
 from edge_runtime.protocol.identities import AggregatorCertificate
 from edge_runtime.protocol.ids import Digest, RoundId, sha256
@@ -24,12 +25,12 @@ from edge_runtime.protocol.manifest import BlobRef, Cohort, Manifest
 from edge_runtime.protocol.messages import CheckIn, Chunk, Receipt
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.rounds import FederationState
-from edge_runtime.store.outbox import Message, OutboxEntry
+from edge_runtime.store.outbox import OutboxEntry
 from edge_runtime.transport.base import full_jitter_s
 
 RESEND_BASE_S = 2.0
 RESEND_CAP_S = 60.0
-FETCH_RETRY_S = 2.0
+RETURN_WITHIN_S = 30.0  # after a time without eligibility, which may end for a whole fleet at the same moment
 
 
 @dataclass(kw_only=True)
@@ -52,17 +53,27 @@ class Session:
     online: bool = field(default=False, init=False)
     work: sv.Work = field(default=sv.Work.IDLE, init=False)
     manifest: Manifest | None = field(default=None, init=False)
+    manifest_digest: Digest | None = field(default=None, init=False)
     resends: int = field(default=0, init=False)
-    _manifest_digest: Digest | None = field(default=None, init=False)
     _certificate: AggregatorCertificate | None = field(default=None, init=False)
     _fetches: dict[Digest, BlobFetch] = field(default_factory=dict, init=False)
     _blobs: dict[Digest, bytes] = field(default_factory=dict, init=False)
     _send_at: float = field(default=0.0, init=False)  # infinite while a sending runs
     _sent: int = field(default=0, init=False)
     _checkin_at: float = field(default=0.0, init=False)
+    _absent_until: float = field(default=0.0, init=False)  # 0: eligible; infinite: not
+    _may_send: bool = field(default=True, init=False)
     _artifact_lost_in: Digest | None = field(
         default=None, init=False
     )  # manifest in which one was fetched anew
+
+    def __post_init__(self) -> None:
+        self._outgoing = Outgoing(
+            identity=self.identity,
+            provider=self.provider,
+            next_sequence=self.next_sequence,
+            entropy=self.entropy,
+        )
 
     # ---- the one entrance ---------------------------------------------------------------------------
 
@@ -98,6 +109,11 @@ class Session:
                     self._send_at = now + self._resend_pause_s(event.upload_s)
             case sv.ArtifactLost():
                 self._fetch_artifact_again(now, event.train, effects)
+            case sv.Eligibility():
+                self._heed(now, event, effects)
+            case sv.TrainingPaused():
+                if self.manifest == event.train.manifest:
+                    self._blobs[event.train.manifest.model.digest] = event.train.model
             case sv.Tick():
                 pass
         self._due(now, effects)
@@ -108,9 +124,11 @@ class Session:
         if not self.online:
             return None
         times = [fetch.next_ask_at for fetch in self._fetches.values()]
-        if self.pending:
+        if 0 < self._absent_until < math.inf:
+            times.append(self._absent_until)
+        if self.pending and self._may_send:
             times.append(self._send_at)
-        elif self._may_check_in():
+        if not self.pending and self._may_check_in():
             times.append(self._checkin_at)
         return min(times, default=None)
 
@@ -119,7 +137,10 @@ class Session:
     def _due(self, now: float, effects: list[sv.Effect]) -> None:
         if not self.online:
             return
-        if self.pending and now >= self._send_at:
+        if 0 < self._absent_until <= now:
+            self._absent_until, self._checkin_at = 0.0, now  # the last ticket may have been used up
+            self._begin(now, effects)
+        if self.pending and self._may_send and now >= self._send_at:
             self._sent += 1
             self.resends += self._sent > 1
             self._send_at = math.inf
@@ -134,12 +155,13 @@ class Session:
                 effects.append(sv.Refused(error.reject, error.detail))
         for fetch in self._fetches.values():
             if now >= fetch.next_ask_at:
-                fetch.next_ask_at = now + FETCH_RETRY_S * (1 + self._random())
-                effects.append(self._message(Kind.FETCH, fetch.ask().encode()))
+                generation = self.highest_round.generation
+                ask = fetch.ask(now, self._random)
+                effects.append(self._outgoing.plain(Kind.FETCH, generation, ask.encode()))
 
     def _may_check_in(self) -> bool:
         manifest = self.manifest
-        if manifest is None or manifest.state is FederationState.FINISHED:
+        if manifest is None or manifest.state is FederationState.FINISHED or self._absent_until:
             return False
         # Before it knows the cohort, too: the aggregator serves no blob to a device that has never checked in.
         unsure = manifest.cohort is not None and manifest.cohort.digest in self._fetches
@@ -157,6 +179,20 @@ class Session:
         backoff_s = full_jitter_s(self._sent, lambda: draw, base_s=RESEND_BASE_S, cap_s=RESEND_CAP_S)
         return RESEND_BASE_S / 2 + max(backoff_s, draw * upload_s)
 
+    # ---- eligibility --------------------------------------------------------------------------------
+
+    def _heed(self, now: float, event: sv.Eligibility, effects: list[sv.Effect]) -> None:
+        """Not eligible, nothing is said: the ticket runs out, or costs one round at most, which uses it up."""
+        self._may_send = event.may_send
+        if event.may_train:
+            if self._absent_until == math.inf:
+                self._absent_until = now + RETURN_WITHIN_S * self._random()
+            return
+        self._absent_until = math.inf
+        if self.work is sv.Work.TRAINING:
+            effects.append(sv.PauseTraining())
+        self._lay_down(effects)
+
     # ---- what arrives -------------------------------------------------------------------------------
 
     def _receive(self, now: float, event: sv.Received, effects: list[sv.Effect]) -> None:
@@ -169,14 +205,13 @@ class Session:
         else:
             chunk = Chunk.decode(envelope.body)
             fetch = self._fetches.get(chunk.digest)
-            if fetch is not None and fetch.take(chunk):
-                pause = 0.0 if fetch.batch_done() else FETCH_RETRY_S * (1 + self._random())
-                fetch.next_ask_at = now + pause
-                if (content := fetch.content()) is not None:
-                    del self._fetches[fetch.digest]
-                    effects.append(sv.Unsubscribe(topics.all_pieces(self.identity.federation, fetch.digest)))
-                    self._blobs[fetch.digest] = content
-                    self._advance(now, effects)
+            if fetch is None or not fetch.take(chunk, now, self._random):
+                return
+            if (content := fetch.content()) is not None:
+                del self._fetches[fetch.digest]
+                effects.append(sv.Unsubscribe(topics.all_pieces(self.identity.federation, fetch.digest)))
+                self._blobs[fetch.digest] = content
+                self._advance(now, effects)
 
     def _take_manifest(self, now: float, payload: bytes, effects: list[sv.Effect]) -> None:
         identity = self.identity
@@ -189,7 +224,7 @@ class Session:
         if (manifest.federation, manifest.round_id) != (identity.federation, envelope.header.round_id):
             raise RemoteProtocolError(Reject.WRONG_ROUND, "manifest and its header speak of different rounds")
         digest = sha256(envelope.body)
-        if digest == self._manifest_digest:
+        if digest == self.manifest_digest:
             # Said again because broker or aggregator started anew: the last check-in may have been lost with it.
             self._checkin_at = min(self._checkin_at, now)
             return
@@ -212,7 +247,7 @@ class Session:
             # There will be no other version; or the aggregator was restored from a backup. Nobody need answer.
             effects.append(sv.Settle(pending.round_id, None))
             self.pending, self.settled = None, pending.round_id
-        self.manifest, self._manifest_digest, self._certificate = manifest, digest, certificate
+        self.manifest, self.manifest_digest, self._certificate = manifest, digest, certificate
         match manifest.state:
             case FederationState.FINISHED:
                 effects.append(sv.FederationFinished(manifest))
@@ -224,7 +259,7 @@ class Session:
     def _begin(self, now: float, effects: list[sv.Effect]) -> None:
         """Take up the open round, unless it is settled here or an update still waits for its receipt."""
         manifest = self.manifest
-        if manifest is None or manifest.state is not FederationState.COLLECTING:
+        if manifest is None or manifest.state is not FederationState.COLLECTING or self._absent_until:
             return
         if self.work is sv.Work.IDLE and self.pending is None and manifest.round_id > self.settled:
             self.work = sv.Work.FETCHING
@@ -233,8 +268,8 @@ class Session:
 
     def _advance(self, now: float, effects: list[sv.Effect]) -> None:
         """Go on once blobs have arrived: cohort first, then artifact and model, then train."""
-        manifest = self.manifest
-        if self.work is not sv.Work.FETCHING or manifest is None or manifest.cohort is None:
+        manifest, digest = self.manifest, self.manifest_digest
+        if self.work is not sv.Work.FETCHING or manifest is None or digest is None or manifest.cohort is None:
             return
         raw = self._blobs.get(manifest.cohort.digest)
         if raw is None:
@@ -262,16 +297,16 @@ class Session:
             manifest.cohort.digest: raw
         }  # if the artifact turns out to be lost, we are still in it
         self.work = sv.Work.TRAINING
-        effects.append(sv.Train(manifest, manifest.artifact.digest, model))
+        effects.append(sv.Train(manifest, digest, manifest.artifact.digest, model))
 
     def _fetch_artifact_again(self, now: float, train: sv.Train, effects: list[sv.Effect]) -> None:
         self.artifacts.discard(train.artifact)
         if self.work is not sv.Work.TRAINING or self.manifest != train.manifest:
             return
-        if self._artifact_lost_in == self._manifest_digest:  # a disk that loses what was just written
+        if self._artifact_lost_in == self.manifest_digest:  # a disk that loses what was just written
             self._sit_out(now, train.manifest.round_id, effects)
             return
-        self._artifact_lost_in = self._manifest_digest
+        self._artifact_lost_in = self.manifest_digest
         self.work = sv.Work.FETCHING
         self._blobs[train.manifest.model.digest] = train.model
         self._advance(now, effects)
@@ -285,11 +320,14 @@ class Session:
     def _drop_work(self, reason: str, effects: list[sv.Effect]) -> None:
         if self.work is sv.Work.TRAINING:
             effects.append(sv.StopTraining(reason))
+        self._lay_down(effects)
+        self._blobs.clear()
+
+    def _lay_down(self, effects: list[sv.Effect]) -> None:
         effects += [
             sv.Unsubscribe(topics.all_pieces(self.identity.federation, digest)) for digest in self._fetches
         ]
         self._fetches.clear()
-        self._blobs.clear()
         self.work = sv.Work.IDLE
 
     # ---- updates and receipts -----------------------------------------------------------------------
@@ -298,32 +336,9 @@ class Session:
         manifest = self.manifest
         if self.work is not sv.Work.TRAINING or manifest is None or manifest.round_id != event.round_id:
             return  # the round was over before the training stopped
-        if self.pending is not None or self._manifest_digest is None:
+        if self.pending is not None or self.manifest_digest is None:
             raise LocalProtocolError(f"a second update for {event.round_id} while one is pending")
-        header = Header(
-            kind=Kind.UPDATE,
-            federation=self.identity.federation,
-            round_id=manifest.round_id,
-            manifest_digest=self._manifest_digest,
-            device=self.identity.device,
-            sequence=self.next_sequence(),
-            payload_digest=sha256(),
-        )
-        sealed = self.provider.seal(
-            SealingPublicKey(manifest.sealing_key),
-            seal_context(header),
-            b"",
-            event.update.encode(),
-            self.entropy(32),
-        )
-        topic = topics.up_topic(Kind.UPDATE, self.identity.federation, self.identity.device)
-        pieces = pack(header, sealed, self._sign, manifest.chunk_bytes)
-        self.pending = OutboxEntry(
-            round_id=manifest.round_id,
-            manifest_digest=self._manifest_digest,
-            update_digest=sha256(sealed),
-            messages=tuple(Message(topic, raw) for raw in pieces),
-        )
+        self.pending = self._outgoing.update(manifest, self.manifest_digest, event.update)
         self.work = sv.Work.IDLE
         self._sent, self._send_at = 0, now
         effects.append(sv.Journal(self.pending))
@@ -368,30 +383,12 @@ class Session:
     def _current_round(self) -> RoundId | None:
         return self.manifest.round_id if self.manifest else None
 
-    def _sign(self, message: bytes) -> bytes:
-        return self.provider.sign(self.identity.signing_key, message)
-
-    def _header(self, kind: Kind) -> Header:
-        return Header(
-            kind=kind,
-            federation=self.identity.federation,
-            round_id=RoundId(self.highest_round.generation, 0),
-            device=self.identity.device,
-            sequence=self.next_sequence(),
-            payload_digest=sha256(),
-        )
-
-    def _message(self, kind: Kind, payload: bytes, header: Header | None = None) -> sv.Send:
-        (raw,) = pack(header or self._header(kind), payload, self._sign)
-        return sv.Send(topics.up_topic(kind, self.identity.federation, self.identity.device), raw)
-
     def _sealed_to_aggregator(self, kind: Kind, plain: bytes) -> sv.Send:
         if self._certificate is None:
             raise LocalProtocolError("nothing can be sealed before a manifest has named the aggregator's key")
-        header = self._header(kind)
-        recipient = SealingPublicKey(self._certificate.sealing_key)
-        sealed = self.provider.seal(recipient, seal_context(header), b"", plain, self.entropy(32))
-        return self._message(kind, sealed, header)
+        return self._outgoing.sealed(
+            kind, self.highest_round.generation, plain, self._certificate.sealing_key
+        )
 
 
 def standing_subscriptions(identity: sv.Identity) -> tuple[str, ...]:

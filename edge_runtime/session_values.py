@@ -65,11 +65,40 @@ class ArtifactLost:
 
 
 @dataclass(frozen=True)
+class Eligibility:
+    """The owner's policy has changed its mind. Without this event a device may do both.
+
+    ``may_train``: False ends check-ins, fetches and training. ``may_send``: False keeps back a finished update too.
+    """
+
+    may_train: bool
+    may_send: bool = True
+
+
+@dataclass(frozen=True)
+class TrainingPaused:
+    """The answer to ``PauseTraining``: what was begun, so that it need not be fetched again."""
+
+    train: Train
+
+
+@dataclass(frozen=True)
 class Tick:
     pass
 
 
-Event = Connected | Disconnected | Received | Trained | TrainingFailed | UpdateSent | ArtifactLost | Tick
+Event = (
+    Connected
+    | Disconnected
+    | Received
+    | Trained
+    | TrainingFailed
+    | TrainingPaused
+    | UpdateSent
+    | ArtifactLost
+    | Eligibility
+    | Tick
+)
 
 # ---- effects ----------------------------------------------------------------------------------------
 
@@ -137,16 +166,27 @@ class KeepArtifact:
 
 @dataclass(frozen=True)
 class Train:
-    """``artifact`` is in the cache under this digest; ``model``: float32 little-endian, shape (d,)."""
+    """``artifact`` is in the cache under this digest; ``model``: float32 little-endian, shape (d,).
+
+    The round may have been begun before, in this process or an earlier one: go on from its checkpoint.
+    """
 
     manifest: Manifest
+    manifest_digest: Digest
     artifact: Digest
     model: bytes
 
 
 @dataclass(frozen=True)
 class StopTraining:
+    """For good: the round is over."""
+
     reason: str
+
+
+@dataclass(frozen=True)
+class PauseTraining:
+    """Checkpoint and stop, for want of eligibility; answer with ``TrainingPaused``."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +213,7 @@ Effect = (
     | KeepArtifact
     | Train
     | StopTraining
+    | PauseTraining
     | Refused
     | FederationFinished
 )

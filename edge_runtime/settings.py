@@ -86,6 +86,11 @@ def load(path: Path, settings: type[T], readers: Mapping[object, Reader] | None 
     readers: for types of the caller's own, ``(TOML value, folder of the file) -> value`` or BadSetting.
     Raises ConfigError: missing or unreadable file, no TOML, unknown or missing key, wrong type, bad value.
     """
+    return structure(read_document(path), settings, path, readers)
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The file as TOML's own types, for ``structure``. Raises ConfigError."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ConfigError(path, Problem("", "not a regular file", "name a TOML file"))
@@ -100,10 +105,10 @@ def load(path: Path, settings: type[T], readers: Mapping[object, Reader] | None 
             path, Problem("", f"larger than {MAX_FILE_BYTES} bytes", "is this a settings file?")
         )
     try:
-        document = tomllib.loads(raw.decode("utf-8"))
+        document: dict[str, Any] = tomllib.loads(raw.decode("utf-8"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(path, Problem("", f"not TOML: {error}", "see https://toml.io")) from error
-    return structure(document, settings, path, readers)
+    return document
 
 
 def structure(
@@ -296,8 +301,9 @@ def _known_keys(settings: Any, prefix: str = "") -> Iterator[str]:
     hints = typing.get_type_hints(settings)
     for field in dataclasses.fields(settings):
         yield _join(prefix, field.name)
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from _known_keys(hints[field.name], _join(prefix, field.name))
+        for kind in (hints[field.name], *get_args(hints[field.name])):
+            if dataclasses.is_dataclass(kind):
+                yield from _known_keys(kind, _join(prefix, field.name))
 
 
 def _join(path: str, key: str) -> str:

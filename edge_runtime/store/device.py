@@ -1,4 +1,4 @@
-"""What a device must not forget, in one folder: identity, enrolment, highest round, sequence, outbox, blobs."""
+"""What a device must not forget, in one folder: identity, enrolment, counters, outbox, blobs, checkpoint."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from edge_runtime.protocol.errors import LocalProtocolError, RemoteProtocolError
 from edge_runtime.protocol.ids import DeviceId, FederationId, RoundId, device_id, federation_id
 from edge_runtime.store import records
 from edge_runtime.store.blobs import BlobCache
+from edge_runtime.store.checkpoints import Checkpoints
 from edge_runtime.store.files import FOLDER_MODE, TEMPORARY_SUFFIX, FileLayer
 from edge_runtime.store.outbox import Outbox
 from edge_runtime.store.records import DamagedFileError, StateError
@@ -54,15 +55,16 @@ class DeviceStore:
         self._prepare()
         self._lock = FolderLock(folder)
         try:
-            for name in ("outbox", "blobs"):
+            for name in ("outbox", "blobs", "checkpoints"):
                 self._files.make_folder(folder / name)
             self._files.sync(folder)
             for path in (*folder.glob(f"*{TEMPORARY_SUFFIX}"), *folder.glob(f"*/*{TEMPORARY_SUFFIX}")):
                 self._files.discard(path)
             self.outbox = Outbox(folder / "outbox", self._files)
             self.blobs = BlobCache(folder / "blobs", self._files, max_blob_bytes)
-            self._enrolment = self._read_enrolment()
-            self._highest_round = self._read_round()
+            self.checkpoints = Checkpoints(folder / "checkpoints", self._files)
+            self._enrolment = read_enrolment(folder)
+            self._highest_round = read_round(folder)
             self._sequence = self._reserved = self._read_sequence()
         except DamagedFileError as error:
             self.close()
@@ -187,25 +189,35 @@ class DeviceStore:
             return secret
         return bytes(record.content)
 
-    def _read_enrolment(self) -> Enrolment | None:
-        record = records.read("enrolment", self.folder / "enrolment")
-        if record is None:
-            return None
-        try:
-            return Enrolment(
-                federation=federation_id(record.text("federation")),
-                device=device_id(record.text("device")),
-                broker_url=record.text("broker_url"),
-                root_key=VerifyKey(record.digest("root_key")),
-                certificate=bytes(record.content),
-            )
-        except RemoteProtocolError as error:
-            raise DamagedFileError(f"{self.folder / 'enrolment'}: {error.detail}") from error
-
-    def _read_round(self) -> RoundId | None:
-        record = records.read("highest round", self.folder / "round")
-        return RoundId(record.integer("generation"), record.integer("round")) if record else None
-
     def _read_sequence(self) -> int:
         record = records.read("sequence", self.folder / "sequence")
         return record.integer("reserved") if record else 0
+
+
+def read_enrolment(folder: Path) -> Enrolment | None:
+    """What ``DeviceStore.enrol`` kept in ``folder``, read without its lock. Raises DamagedFileError."""
+    record = records.read("enrolment", folder / "enrolment")
+    if record is None:
+        return None
+    try:
+        return Enrolment(
+            federation=federation_id(record.text("federation")),
+            device=device_id(record.text("device")),
+            broker_url=record.text("broker_url"),
+            root_key=VerifyKey(record.digest("root_key")),
+            certificate=bytes(record.content),
+        )
+    except RemoteProtocolError as error:
+        raise DamagedFileError(f"{folder / 'enrolment'}: {error.detail}") from error
+
+
+def read_round(folder: Path) -> RoundId | None:
+    """The highest round that ``DeviceStore`` kept in ``folder``, read without its lock. Raises DamagedFileError."""
+    record = records.read("highest round", folder / "round")
+    return RoundId(record.integer("generation"), record.integer("round")) if record else None
+
+
+def read_identity(folder: Path) -> SigningKey | None:
+    """The key of ``DeviceStore.signing_key``, read without the folder's lock. Raises DamagedFileError."""
+    record = records.read("identity key", folder / "identity")
+    return SigningKey(bytes(record.content)) if record else None

@@ -50,10 +50,10 @@ class Outbox:
         """Opens the folder; damaged entries are set aside under their name with ``.damaged`` and logged."""
         self._folder = folder
         self._files = files
-        self._settled = _read_settled(folder / _SETTLED_FILE)
+        self._settled = read_settled(folder)
         self._rounds: set[RoundId] = set()
-        for path in sorted(folder.glob("*.entry")):
-            round_id = _round_of(path)
+        for path in entry_files(folder):
+            round_id = round_of(path)
             try:
                 self._read(round_id)
             except DamagedFileError as error:
@@ -128,20 +128,10 @@ class Outbox:
 
     def _read(self, round_id: RoundId) -> OutboxEntry:
         path = self._path(round_id)
-        record = records.read(_KIND, path)
-        if record is None:
+        entry = read_entry(path)
+        if entry is None:
             raise DamagedFileError(f"{path}: it is gone")
-        try:
-            if (record.integer("generation"), record.integer("round")) != round_id:
-                raise DamagedFileError("it is the entry of another round")
-            return OutboxEntry(
-                round_id=round_id,
-                manifest_digest=Digest(record.digest("manifest_digest")),
-                update_digest=Digest(record.digest("update_digest")),
-                messages=_messages(record.header.get("messages"), record.content),
-            )
-        except DamagedFileError as error:
-            raise DamagedFileError(f"{path}: {error}") from None
+        return entry
 
 
 def _messages(table: object, content: memoryview) -> tuple[Message, ...]:
@@ -159,12 +149,38 @@ def _messages(table: object, content: memoryview) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _read_settled(path: Path) -> RoundId | None:
-    record = records.read(_SETTLED_KIND, path)
+def entry_files(folder: Path) -> list[Path]:
+    """Of updates that wait, oldest round first."""
+    return sorted(folder.glob("*.entry"))
+
+
+def read_entry(path: Path) -> OutboxEntry | None:
+    """The entry in one of ``entry_files``; None: it is gone. Raises DamagedFileError."""
+    round_id = round_of(path)
+    record = records.read(_KIND, path)
+    if record is None:
+        return None
+    try:
+        if (record.integer("generation"), record.integer("round")) != round_id:
+            raise DamagedFileError("it is the entry of another round")
+        return OutboxEntry(
+            round_id=round_id,
+            manifest_digest=Digest(record.digest("manifest_digest")),
+            update_digest=Digest(record.digest("update_digest")),
+            messages=_messages(record.header.get("messages"), record.content),
+        )
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{path}: {error}") from None
+
+
+def read_settled(folder: Path) -> RoundId | None:
+    """The highest round that is over, in the outbox's folder. Raises DamagedFileError."""
+    record = records.read(_SETTLED_KIND, folder / _SETTLED_FILE)
     return RoundId(record.integer("generation"), record.integer("round")) if record else None
 
 
-def _round_of(path: Path) -> RoundId:
+def round_of(path: Path) -> RoundId:
+    """The round in the name of an entry's file. Raises DamagedFileError."""
     match = _ENTRY_NAME.fullmatch(path.name)
     if match is None:
         raise DamagedFileError(f"{path}: not the name of an outbox entry; move it out of the state folder")

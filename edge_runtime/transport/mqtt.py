@@ -94,6 +94,8 @@ class MqttTransport:
             if final
             else "is the broker running there and not behind a firewall? (`aggregator broker` starts one)"
         )
+        if address.tls is not None and not final:  # a broker that wants another certificate just hangs up
+            remedy += ", and does it take our certificate: not missing, expired or revoked?"
         raise BrokerUnreachable(address.host, address.port, reason, remedy)
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:

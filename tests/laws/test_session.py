@@ -18,7 +18,7 @@ from edge_runtime.protocol.kinds import Kind
 from edge_runtime.protocol.manifest import Cohort
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.rounds import FederationState, Verdict
-from edge_runtime.session_values import Trained, TrainingFailed, Work
+from edge_runtime.session_values import Eligibility, Train, Trained, TrainingFailed, TrainingPaused, Work
 from tests.support.session_driver import DEVICE, OTHER, Aggregator, Device, Published, an_update, signing_key
 
 AGGREGATORS = {generation: Aggregator(generation=generation) for generation in (1, 2)}
@@ -118,6 +118,15 @@ def _failed(device: Device) -> None:
         device.handle(TrainingFailed(device.session.manifest.round_id, "no"))
 
 
+def _eligibility(device: Device, may_train: bool, may_send: bool, hand_back: bool) -> None:
+    """As the shell does it: what was in training is handed back, unless the process died in between."""
+    was_training = device.session.work is Work.TRAINING
+    device.handle(Eligibility(may_train, may_send))
+    begun = [effect for effect in device.effects if isinstance(effect, Train)]
+    if hand_back and was_training and not may_train:
+        device.handle(TrainingPaused(begun[-1]))
+
+
 operations: st.SearchStrategy[Operation] = st.one_of(
     st.builds(_take_part, st.integers(0, 4), st.sampled_from([True, True, False])),
     st.builds(_take_part, st.integers(2, 4), st.just(True)),
@@ -128,6 +137,12 @@ operations: st.SearchStrategy[Operation] = st.one_of(
         st.sampled_from([FederationState.COLLECTING] * 4 + list(FederationState)),
         st.sampled_from([True, True, False]),
         st.integers(0, 1),
+    ),
+    st.builds(
+        lambda *words: lambda device: _eligibility(device, *words),
+        st.booleans(),
+        st.booleans(),
+        st.booleans(),
     ),
     st.builds(_fetch, st.sampled_from([0, 0, 10, 30])),
     st.builds(_trained, st.one_of(st.none(), st.none(), rounds)),

@@ -27,6 +27,7 @@ from edge_runtime.session_values import (
     Connected,
     Disconnected,
     Effect,
+    Eligibility,
     Event,
     Identity,
     Journal,
@@ -215,6 +216,7 @@ class Device:
     settled: RoundId = NO_ROUND
     highest: RoundId = NO_ROUND
     cache: dict[Digest, bytes] = field(default_factory=dict)
+    policy: Eligibility = field(default_factory=lambda: Eligibility(True))
     session: Session = field(init=False)
 
     def __post_init__(self) -> None:
@@ -225,7 +227,7 @@ class Device:
 
     def restart(self) -> None:
         """The process dies and begins again with what was durable."""
-        self.subscribed = set()
+        self.subscribed, self.policy = set(), Eligibility(True)
         self.session = Session(
             identity=self._identity,
             provider=CRYPTO,
@@ -246,6 +248,8 @@ class Device:
     # ---- events -------------------------------------------------------------------------------------
 
     def handle(self, event: Event) -> list[Effect]:
+        if isinstance(event, Eligibility):
+            self.policy = event
         effects = self.session.handle(self.now, event)
         for at, effect in enumerate(effects):
             self._perform(at, effect)
@@ -377,12 +381,15 @@ class Device:
             case KeepArtifact():
                 self.cache[effect.digest] = effect.content
             case Train():
+                assert self.policy.may_train, "nothing is trained while not eligible"
                 assert effect.artifact in self.cache, "the artifact is cached before it is used"
                 assert effect.manifest.round_id > self.settled
             case Send():
                 assert self.session.online, "nothing is sent while offline"
+                assert self.policy.may_train, "no check-in and no fetch while not eligible"
             case SendUpdate():
                 assert self.session.online, "nothing is sent while offline"
+                assert self.policy.may_send, "the update waits"
                 journalled = self.journal[effect.round_id].messages
                 assert sorted(effect.messages) == sorted(journalled), "not what was journalled"
 

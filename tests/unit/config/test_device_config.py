@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.config import DataConfig, DeviceConfig, TelemetryConfig, load_device_config, read_seed_file
-from edge_runtime.data import NpzFile, PythonFunction
+from edge_runtime.data import CsvFile, NpzFile, NpzFolder, PythonFunction, SqliteQuery
 from edge_runtime.protocol.messages import Telemetry
 from edge_runtime.settings import ConfigError
 
@@ -29,14 +29,43 @@ def test_the_sample_is_valid_and_holds_the_defaults():
     )
 
 
-def test_the_sample_names_every_key_and_its_commented_lines_are_valid_too(tmp_path):
-    text = re.sub(r"^# ([a-z_]+ = )", r"\1", SAMPLE.read_text(), flags=re.M)
+def uncommented(text: str) -> str:
+    return re.sub(r"^# (\[|[a-z_0-9]+ = )", r"\1", text, flags=re.M)
+
+
+def without_sections(text: str, *names: str) -> str:
+    """As if they had been left commented."""
+    return "".join(
+        part for part in re.split(r"^(?=\[)", text, flags=re.M) if not part.startswith(tuple(names))
+    )
+
+
+SOURCES = {"npz": '"train.npz"', "folder": '"readings/"', "python": '"python:sensors:load"'}
+
+
+@pytest.mark.parametrize("source", [*SOURCES, "csv", "sqlite"])
+def test_the_sample_names_every_key_and_its_commented_lines_are_valid_for_every_source(tmp_path, source):
+    text = uncommented(SAMPLE.read_text())
+    for section in (DeviceConfig, *typing.get_type_hints(DeviceConfig).values(), CsvFile, SqliteQuery):
+        for field in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
+            assert re.search(rf"^(\[(data\.)?{field.name}\]|{field.name} = )", text, flags=re.M), field.name
+    text = without_sections(text, *{"[data.csv]", "[data.sqlite]"} - {f"[data.{source}]"})
+    own = rf"^source = {SOURCES[source]}$" if source == "npz" else r"^source = .*$"
+    text = re.sub(own, f"source = {SOURCES[source]}" if source in SOURCES else "", text, flags=re.M)
+    if source not in ("npz", "folder"):  # the names of arrays have no meaning there
+        head, data, tail = text.partition("[data]\n")
+        text = head + data + re.sub(r'^(inputs = \["x"\]|target = "y")$', "", tail, flags=re.M)
     path = tmp_path / "device.toml"
     path.write_text(text)
-    load_device_config(path)
-    for section in (DeviceConfig, *typing.get_type_hints(DeviceConfig).values()):
-        for field in dataclasses.fields(section) if dataclasses.is_dataclass(section) else ():
-            assert re.search(rf"^(\[{field.name}\]|{field.name} = )", text, flags=re.M), field.name
+    origin = load_device_config(path).data.origin
+    kinds = {
+        "npz": NpzFile,
+        "folder": NpzFolder,
+        "python": PythonFunction,
+        "csv": CsvFile,
+        "sqlite": SqliteQuery,
+    }
+    assert type(origin) is kinds[source]
 
 
 def test_telemetry_has_one_switch_for_each_field_of_the_message():
@@ -47,17 +76,52 @@ def test_telemetry_has_one_switch_for_each_field_of_the_message():
         assert TelemetryConfig(**{name: False}).permitted(full) == dataclasses.replace(full, **{name: 0})
 
 
-def test_data_comes_from_a_file_beside_the_config_or_from_a_function(tmp_path):
-    assert config(tmp_path, '[data]\nsource = "d/t.npz"').data.source == NpzFile(tmp_path / "d/t.npz")
-    source = config(tmp_path, '[data]\nsource = "python:sensors.wind:load"').data.source
-    assert source == PythonFunction("sensors.wind", "load", tmp_path)
+CSV = '[data.csv]\nfile = "t.csv"\ninputs = [["a", "b"]]\ntarget = "c"\n'
+SQLITE = '[data.sqlite]\nfile = "t.db"\nquery = "SELECT 1"\ninputs = [["a"]]\ntarget = "c"\n'
+
+
+def test_data_come_from_files_beside_the_config_or_from_a_function(tmp_path):
+    def origin(text):
+        return config(tmp_path, text).data.origin
+
+    assert origin('[data]\nsource = "d/t.npz"') == NpzFile(tmp_path / "d/t.npz", ("x",), "y")
+    named = origin('[data]\nsource = "d/"\ninputs = ["a", "b"]\ntarget = "c"')
+    assert named == NpzFolder(tmp_path / "d", ("a", "b"), "c")
+    assert origin('[data]\nsource = "python:s.wind:load"') == PythonFunction("s.wind", "load", tmp_path)
+    assert origin(CSV) == CsvFile(file=tmp_path / "t.csv", inputs=(("a", "b"),), target="c")
+    assert origin(SQLITE) == SqliteQuery(
+        file=tmp_path / "t.db", query="SELECT 1", inputs=(("a",),), target="c"
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
         ("", "data: missing"),
-        ('[data]\nsource = "t.csv"', 'data.source: "t.csv"; expected a file.npz'),
+        ("[data]", "data.source: nothing; name one of source, csv, sqlite"),
+        (
+            '[data]\nsource = "t.csv"',
+            'data.source: "t.csv"; this is described in its own section, [data.csv]',
+        ),
+        ('[data]\nsource = "t.db"', "own section, [data.sqlite]"),
+        ('[data]\nsource = "t.parquet"', 'data.source: "t.parquet"; expected "data.npz", "folder/"'),
+        ('[data]\nsource = "t.npz"\n' + CSV, "t.csv; choose one of source and csv"),
+        (CSV + SQLITE, "t.db; choose one of csv and sqlite"),
+        ('[data]\ntarget = "z"\n' + CSV, 'data.target: "z"; this names arrays of .npz files'),
+        ('[data]\ninputs = ["z"]\nsource = "python:a:b"', "data.inputs: an array of 1; this names arrays"),
+        (CSV + "quote = 1", "data.csv.quote: unknown key; allowed here: inputs, target, labels"),
+        (CSV + 'delimiter = ",,"', 'data.csv.delimiter: ",,"; one character'),
+        (
+            CSV + 'dtypes = ["float64"]',
+            'data.csv.dtypes: "float64"; expected each entry must be one of "bool", "float32"',
+        ),
+        (CSV + 'labels = ["a", "a"]', "data.csv.labels: an array of 2; each word once"),
+        (
+            CSV.replace('[["a", "b"]]', '["a", "b"]'),
+            'data.csv.inputs: "a"; expected each entry must be an array',
+        ),
+        (SQLITE + "blob_shapes = [[1], [2]]", "data.sqlite.blob_shapes: an array of 2; one for each input"),
+        (SQLITE + "timeout_s = 0", "data.sqlite.timeout_s"),
         ('[data]\nsource = "python:os.system"', "expected python:module:function"),
         ('[data]\nsource = "python:a:b()"', "expected python:module:function"),
         ("[data]\nsource = 3", "data.source: 3; expected text"),

@@ -114,9 +114,9 @@ def test_an_npz_is_read_and_arrays_that_nobody_asked_for_are_ignored(tmp_path, s
     dataset = load_dataset(NpzFile(path), CLASSIFIER)
     np.testing.assert_array_equal(dataset.inputs[0], X)
     with pytest.raises(DataError, match=r"no array 'labels'; it holds junk, x, y"):
-        load_dataset(NpzFile(path), CLASSIFIER, target="labels")
+        load_dataset(NpzFile(path, target="labels"), CLASSIFIER)
     with pytest.raises(DataError, match=r"type object.*objects are never loaded"):
-        load_dataset(NpzFile(path), CLASSIFIER, inputs=("junk",))
+        load_dataset(NpzFile(path, inputs=("junk",)), CLASSIFIER)
     with pytest.raises(DataError, match=r"takes 2 inputs \(x, token\), data.inputs names 1 \(x\)"):
         load_dataset(NpzFile(path), REGRESSION)
 

@@ -22,6 +22,7 @@ from aggregator.status import collect
 from edge_runtime.backends.ort import OrtBackend
 from edge_runtime.config import load_device_config
 from edge_runtime.data import DataError
+from edge_runtime.device.snapshot import Snapshot
 from edge_runtime.protocol import wire_pb2 as wire
 from edge_runtime.protocol.crypto.provider import CRYPTO
 from edge_runtime.protocol.envelope import unpack
@@ -138,6 +139,7 @@ def run_device(folder: Path, transport: Transport) -> list[tuple[str, dict[str, 
             entropy=os.urandom,
             seed=bytes(32),
             report=lambda event, **fields: events.append((event, fields)),
+            sensors=lambda: Snapshot(charging=True),
         ).run(should_stop=lambda: time.monotonic() > deadline, until_finished=True)
         assert store.outbox.entries() == ()
     return events

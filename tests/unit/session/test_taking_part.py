@@ -83,7 +83,7 @@ def test_a_selected_device_fetches_cohort_then_model_and_artifact_and_trains() -
     ]
     assert effects[-2:] == [
         KeepArtifact(manifest.artifact.digest, ARTIFACT),
-        Train(manifest, manifest.artifact.digest, MODEL),
+        Train(manifest, published.digest, manifest.artifact.digest, MODEL),
     ]
     assert not device.subscribed
 
@@ -402,8 +402,9 @@ def test_what_the_wave_lost_is_pulled_and_nothing_else() -> None:
     device.fetch_all(lambda topic, payload: topic in lost)
     assert device.session.work is Work.FETCHING
     (pull,) = device.fetches(device.wait(4.0))
-    assert (pull.digest, pull.wave, pull.want_index, pull.chunks) == (model, False, False, (0, 2))
-    device.fetch_all()
+    assert (pull.digest, pull.wave, pull.want_index, pull.chunks) == (model, False, False, (2,))
+    (rest,) = device.fetches(device.fetch_all())  # the last is here, so what is missing before it was lost
+    assert (rest.digest, rest.wave, rest.want_index, rest.chunks) == (model, False, False, (0,))
     assert device.session.work is Work.TRAINING
 
 
