@@ -126,7 +126,8 @@ def start_broker(
     if not address.is_loopback and password_file is None:
         raise BrokerStartError(
             f"refusing an open broker on {bind}: anyone who reaches it could publish. Give a password file "
-            "(`mosquitto_passwd -c FILE USER`), or run mosquitto yourself with deploy/mosquitto.conf (TLS, ACLs)"
+            "(`mosquitto_passwd -c FILE USER`), or run mosquitto yourself with TLS and ACLs "
+            "(`aggregator broker-config mosquitto`)"
         )
     if password_file is not None and not password_file.is_file():
         raise BrokerStartError(
@@ -203,7 +204,7 @@ def find_mosquitto() -> str | None:
 
 
 def mosquitto_config(folder: Path, bind: str, port: int, password_file: Path | None) -> str:
-    """The generated configuration; deploy/mosquitto.conf is the one to grow from in production."""
+    """The generated configuration; ``aggregator broker-config mosquitto`` writes the one for a network."""
     access = (
         ["allow_anonymous true"]
         if password_file is None

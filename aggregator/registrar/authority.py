@@ -5,32 +5,34 @@ Everything but ``serve`` is a function of the arguments and the store. A decisio
 
 from __future__ import annotations
 
-import hmac
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from aggregator.access import Role
+from aggregator.files import write_atomic
+from aggregator.registrar import enrolment, revocation, tls
 from aggregator.registrar import folder as files
 from aggregator.registrar.folder import RegistrarError
-from aggregator.registrar.store import DeviceRow, Store, TokenRow, Transaction
+from aggregator.registrar.revocation import Revoked
+from aggregator.registrar.store import DeviceRow, Store, TlsRow, TokenRow
 from edge_runtime.protocol import topics
 from edge_runtime.protocol.certificates import issue_aggregator, issue_device
-from edge_runtime.protocol.crypto.keys import SealingPrivateKey, SigningKey, VerifyKey
+from edge_runtime.protocol.crypto.keys import SealingPrivateKey, SigningKey
 from edge_runtime.protocol.crypto.provider import CRYPTO
 from edge_runtime.protocol.enrol_token import SECRET_BYTES, EnrolToken
-from edge_runtime.protocol.envelope import Header, pack, seal_context, unpack
+from edge_runtime.protocol.envelope import Header, pack
 from edge_runtime.protocol.errors import RemoteProtocolError
 from edge_runtime.protocol.identities import (
     AggregatorCertificate,
     DeviceCertificate,
     EnrolAnswer,
-    EnrolRequest,
 )
-from edge_runtime.protocol.ids import DeviceId, Digest, FederationId, device_id, federation_id, sha256
+from edge_runtime.protocol.ids import DeviceId, FederationId, device_id, federation_id, sha256
 from edge_runtime.protocol.kinds import Kind
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.transport.address import parse_broker_url
@@ -44,8 +46,8 @@ Entropy = Callable[[int], bytes]
 _TOKEN_ID_BYTES = 8
 _POLL_S = 0.2
 _MAX_UNIX_S = 253_402_300_799  # the last second of the year 9999
-_NO_HASH = bytes(32)  # compared with when the token is unknown, so that both take the same path
 _MAX_UINT32 = 2**32 - 1
+_NO_AUTHORITY = "there is no TLS authority yet: make it with `aggregator registrar tls`"
 _Name = TypeVar("_Name", bound=str)
 
 
@@ -63,7 +65,7 @@ def create(folder: Path, federation: str, entropy: Entropy = os.urandom) -> Regi
     store = Store(folder / files.DATABASE)
     store.initialize(name, CRYPTO.verify_key(root))
     files.sync_folder(folder)
-    return Registrar(name, root, sealing, store, entropy)
+    return Registrar(name, root, sealing, store, folder, entropy)
 
 
 def open(folder: Path, entropy: Entropy = os.urandom) -> Registrar:
@@ -82,7 +84,7 @@ def open(folder: Path, entropy: Entropy = os.urandom) -> Registrar:
         name, root_key = store.federation()
         if root_key != CRYPTO.verify_key(root).raw:
             raise RegistrarError(f"{files.ROOT_KEY} and {files.DATABASE} in {folder} do not belong together")
-        return Registrar(_named(federation_id, name), root, sealing, store, entropy)
+        return Registrar(_named(federation_id, name), root, sealing, store, folder, entropy)
     except BaseException:
         store.close()
         raise
@@ -100,6 +102,7 @@ class Registrar:
         root: SigningKey,
         sealing: SealingPrivateKey,
         store: Store,
+        folder: Path,
         entropy: Entropy,
     ) -> None:
         self.federation = federation
@@ -110,7 +113,13 @@ class Registrar:
         self._root = root
         self._sealing = sealing
         self._store = store
+        self._folder = folder
         self._entropy = entropy
+        self._sign_list = revocation.signer(federation, root)
+        with store.transaction() as rows:
+            if rows.published() is None:
+                revocation.next_list(rows, self._sign_list, None, 0)
+        self._write_published()  # a crash may have come between the commit and the files
 
     def close(self) -> None:
         """Lets go of the database."""
@@ -176,6 +185,119 @@ class Registrar:
         with self._store.transaction() as rows:
             return rows.tokens()
 
+    # ---- revocation and TLS -------------------------------------------------------------------------
+
+    @property
+    def revocations_file(self) -> Path:
+        """The newest signed RevocationList, hex in one line; always there. The aggregator's settings name it."""
+        return self._folder / files.REVOCATIONS
+
+    @property
+    def tls_folder(self) -> Path:
+        """The TLS authority, the registrar's own client certificate, and the CRL for the broker."""
+        return self._folder / files.TLS
+
+    @property
+    def crl_file(self) -> Path:
+        """The newest list of revoked TLS certificates, PEM; there once TLS is set up."""
+        return self.tls_folder / files.CRL
+
+    def tls_files(self) -> tuple[Path, Path, Path] | None:
+        """The registrar's own: whom to trust, its certificate, its key. None if TLS is not set up."""
+        names = (files.AUTHORITY_CERTIFICATE, files.OWN_CERTIFICATE, files.OWN_KEY)
+        ca, certificate, key = (self.tls_folder / name for name in names)
+        return (ca, certificate, key) if key.is_file() and certificate.is_file() else None
+
+    def revoke(self, name: str, now: float) -> Revoked:
+        """Void certificate, TLS certificates and unused tokens of a device, or the TLS certificates of a role.
+
+        The files are rewritten even if nothing new was voided. Raises RegistrarError: nothing was ever issued.
+        """
+        if name not in {role.value for role in Role}:
+            _named(device_id, name)
+        authority = self._tls_authority()
+        with self._store.transaction() as rows:
+            known = rows.device(DeviceId(name)) or any(row.name == name for row in rows.tls_certificates())
+            if not known and all(row.device != name for row in rows.tokens()):
+                raise RegistrarError(
+                    f"nothing was issued to {name!r}: `aggregator registrar devices` lists the names"
+                )
+            revoked = revocation.void(rows, name, int(now))
+            if not revoked.nothing:
+                revocation.next_list(rows, self._sign_list, authority, int(now))
+        self._write_published()
+        return revoked
+
+    def set_up_tls(self, now: float, days: int) -> None:
+        """Make the TLS authority unless there is one, and a new certificate for the registrar itself."""
+        if self._tls_authority() is None:
+            made = tls.new_authority(self.federation, now)
+            files.write_folder(
+                self.tls_folder,
+                {files.AUTHORITY_KEY: made.key, files.AUTHORITY_CERTIFICATE: made.certificate},
+            )
+        authority = self._required_authority()
+        with self._store.transaction() as rows:
+            row = rows.published()
+            if row is not None and (row.crl is None or not tls.is_crl_of(authority, row.crl)):
+                rows.publish(row._replace(crl=revocation.crl(rows, authority, row.number, int(now))))
+        self._write_published()
+        own = self.client_certificate(Role.REGISTRAR.value, now, days)
+        write_atomic(self.tls_folder / files.OWN_KEY, own.key)
+        write_atomic(self.tls_folder / files.OWN_CERTIFICATE, own.certificate)
+
+    def authority_certificate(self) -> bytes:
+        """PEM. Raises RegistrarError if ``set_up_tls`` was never called."""
+        return self._required_authority().pem
+
+    def crl(self) -> bytes:
+        """PEM of the newest list of revoked TLS certificates. Raises RegistrarError as above."""
+        with self._store.transaction() as rows:
+            row = rows.published()
+        if row is None or row.crl is None:
+            raise RegistrarError(_NO_AUTHORITY)
+        return row.crl
+
+    def client_certificate(self, name: str, now: float, days: int) -> tls.Issued:
+        """For a device or the value of a Role; on record before it is returned. Raises RegistrarError."""
+        issued = tls.issue_client(self._required_authority(), name, now, days)
+        with self._store.transaction() as rows:
+            rows.add_tls(TlsRow(issued.serial, name, issued.not_after))
+        return issued
+
+    def broker_certificate(self, hosts: Sequence[str], now: float, days: int) -> tls.Issued:
+        """For the broker under these names and addresses. Raises RegistrarError."""
+        return tls.issue_server(self._required_authority(), self.federation, hosts, now, days)
+
+    def tls_certificates(self) -> list[TlsRow]:
+        """Of all clients, in the order of names and expiry. Raises RegistrarError."""
+        with self._store.transaction() as rows:
+            return rows.tls_certificates()
+
+    def _required_authority(self) -> tls.TlsAuthority:
+        authority = self._tls_authority()
+        if authority is None:
+            raise RegistrarError(_NO_AUTHORITY)
+        return authority
+
+    def _tls_authority(self) -> tls.TlsAuthority | None:
+        if not self.tls_folder.exists():
+            return None
+        certificate = self.tls_folder / files.AUTHORITY_CERTIFICATE
+        return tls.load_authority(
+            files.read_file(certificate), files.read_secret(self.tls_folder / files.AUTHORITY_KEY)
+        )
+
+    def _write_published(self) -> None:
+        """What is committed, in its files. Inside a transaction, so that two processes take turns."""
+        with self._store.transaction() as rows:
+            row = rows.published()
+            if row is None:
+                return
+            _write_if_new(self.revocations_file, row.revocations.hex().encode() + b"\n")
+            if row.crl is not None:
+                _write_if_new(self.crl_file, row.crl)
+
     # ---- what devices ask ---------------------------------------------------------------------------
 
     def answer(self, now: float, topic: str, payload: bytes) -> tuple[str, bytes] | None:
@@ -186,14 +308,14 @@ class Registrar:
         for byte, also after a restart. Raises RegistrarError if the database fails; nothing was decided then.
         """
         try:
-            device, digest, request = self._open(topic, payload)
+            device, digest, request = enrolment.read_request(self.federation, self._sealing, topic, payload)
         except RemoteProtocolError as error:
             self._count(error, topic)
             return None
         reject, certificate = None, b""
         try:
             with self._store.transaction() as rows:
-                certificate, issued = self._enrol(rows, now, device, request)
+                certificate, issued = enrolment.decide(rows, now, device, request, self._certify)
         except RemoteProtocolError as error:
             self._count(error, topic)
             reject = error.reject
@@ -207,58 +329,11 @@ class Registrar:
         (raw,) = pack(header, body, lambda message: CRYPTO.sign(self._root, message))
         return topics.down(self.federation, device), raw
 
-    def _open(self, topic: str, payload: bytes) -> tuple[DeviceId, Digest, EnrolRequest]:
-        sender = topics.sender_of(topic)
-        envelope = unpack(payload, self.federation, Kind.ENROL)
-        header = envelope.header
-        if topic != topics.enrol(self.federation, sender.device) or header.device != sender.device:
-            raise RemoteProtocolError(Reject.WRONG_TOPIC, f"a request of {header.device!r} on {topic!r}")
-        if header.chunk_count != 1:
-            raise RemoteProtocolError(Reject.MALFORMED, "an enrolment request comes in one piece")
-        plain = CRYPTO.open(self._sealing, seal_context(header), b"", envelope.body)
-        request = EnrolRequest.decode(plain)
-        CRYPTO.verify(VerifyKey(request.signing_key), envelope.signed_bytes(), envelope.signature)
-        return sender.device, header.payload_digest, request
-
-    def _enrol(
-        self, rows: Transaction, now: float, device: DeviceId, request: EnrolRequest
-    ) -> tuple[bytes, bool]:
-        """The certificate, and whether it is a new one. Raises RemoteProtocolError with the refusal."""
-        key = request.signing_key
-        token, secret_hash = rows.token(request.token_id) or (None, _NO_HASH)
-        if not hmac.compare_digest(sha256(request.token_secret), secret_hash) or token is None:
-            raise RemoteProtocolError(
-                Reject.BAD_TOKEN, f"{request.token_id!r} is unknown or its secret is wrong"
-            )
-        if token.device not in (None, device):
-            raise RemoteProtocolError(
-                Reject.BAD_TOKEN, f"{token.token_id} is for {token.device!r}, not {device!r}"
-            )
-        holder = rows.device(device)
-        if token.used_by is not None:
-            # Before the expiry: a device whose answer was lost asks again, however late.
-            if holder is None or (token.used_by, token.used_as) != (key, device):
-                raise RemoteProtocolError(
-                    Reject.TOKEN_USED,
-                    f"{token.token_id} was used by key {token.used_by.hex()} as {token.used_as!r}; "
-                    f"now {key.hex()} shows it",
-                )
-            return holder.certificate, False
-        if now >= token.expires_at:
-            raise RemoteProtocolError(
-                Reject.TOKEN_EXPIRED, f"{token.token_id} expired {now - token.expires_at:.0f} s ago"
-            )
-        if holder is not None and holder.signing_key != key:
-            raise RemoteProtocolError(
-                Reject.NAME_TAKEN, f"{device!r} is {holder.signing_key.hex()}, not {key.hex()}"
-            )
-        issued = holder is None
-        if holder is None:
-            certificate = DeviceCertificate(federation=self.federation, device=device, signing_key=key)
-            holder = DeviceRow(device, key, issue_device(CRYPTO, self._root, certificate), int(now))
-            rows.add_device(holder)
-        rows.use_token(token.token_id, key, device)
-        return holder.certificate, issued
+    def _certify(self, device: DeviceId, key: bytes, epoch: int) -> bytes:
+        certificate = DeviceCertificate(
+            federation=self.federation, device=device, signing_key=key, epoch=epoch
+        )
+        return issue_device(CRYPTO, self._root, certificate)
 
     def _count(self, error: RemoteProtocolError, topic: str) -> None:
         self.refusals[error.reject] += 1
@@ -293,3 +368,8 @@ def _named(check: Callable[[str], _Name], text: str) -> _Name:
         return check(text)
     except RemoteProtocolError as error:
         raise RegistrarError(error.detail) from None
+
+
+def _write_if_new(path: Path, content: bytes) -> None:
+    if not path.is_file() or path.read_bytes() != content:
+        write_atomic(path, content)

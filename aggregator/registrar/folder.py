@@ -1,17 +1,31 @@
-"""The registrar's folder (0700): two key files (0600) and the database. Whoever reads it is the root."""
+"""The registrar's folder (0700): two key files (0600), the database, what it published, and the TLS authority.
+
+Whoever reads it is the root.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
+from aggregator.files import make_private_folder, write_atomic
 from edge_runtime.protocol.errors import Fault, FleetgradError
 
 ROOT_KEY = "root.key"
 SEALING_KEY = "enrolment.key"
 DATABASE = "registrar.sqlite3"
+REVOCATIONS = "revocations"  # the newest signed list, in hex like a certificate file
+TLS = "tls"  # a folder with the next five
+AUTHORITY_CERTIFICATE = "ca.crt"
+AUTHORITY_KEY = "ca.key"
+OWN_CERTIFICATE = "registrar.crt"
+OWN_KEY = "registrar.key"
+CRL = "revoked.crl"
+_MAX_BYTES = 64 * 1024
 _KEY_LINE = re.compile(rb"([0-9a-f]{64})\n")
 
 
@@ -68,11 +82,30 @@ def sync_folder(folder: Path) -> None:
 
 def read_key(path: Path) -> bytes:
     """32 bytes. Raises RegistrarError: missing, readable by others, or not what ``write_key`` writes."""
+    line = _KEY_LINE.fullmatch(read_secret(path))
+    if line is None:
+        raise RegistrarError(f"{path} does not hold a key: restore the folder from its backup")
+    return bytes.fromhex(line[1].decode())
+
+
+def read_file(path: Path) -> bytes:
+    """At most 64 KiB. Raises RegistrarError."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_MAX_BYTES)
+    except OSError as error:
+        raise RegistrarError(
+            f"cannot read {path}: {error.strerror}; restore the folder from its backup"
+        ) from error
+
+
+def read_secret(path: Path) -> bytes:
+    """At most 64 KiB. Raises RegistrarError: missing, or readable by others."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with open(descriptor, "rb") as file:  # noqa: PTH123 - of a descriptor
             mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
-            line = _KEY_LINE.fullmatch(file.read(100))
+            content = file.read(_MAX_BYTES)
     except OSError as error:
         raise RegistrarError(
             f"cannot read the registrar's key {path}: {error.strerror}; restore the folder from its backup, or "
@@ -83,6 +116,36 @@ def read_key(path: Path) -> bytes:
             f"other users can read {path} (mode {mode:04o}): `chmod 600 {path}`, and think about whether the key "
             "is still secret"
         )
-    if line is None:
-        raise RegistrarError(f"{path} does not hold a key: restore the folder from its backup")
-    return bytes.fromhex(line[1].decode())
+    return content
+
+
+def check_writable(path: Path, *, force: bool) -> bool:
+    """Whether the folder holds something. Raises RegistrarError if it does and ``force`` is not set."""
+    try:
+        used = path.exists() and any(path.iterdir())
+    except OSError as error:
+        raise RegistrarError(f"{path} is no folder to write to: {error.strerror}") from error
+    if used and not force:
+        raise RegistrarError(f"{path} is not empty: choose a new folder, or --force if the command has it")
+    return used
+
+
+def write_folder(path: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:
+    """A new folder (0700) with these files, all or none; ``force`` replaces those of an existing one, each whole.
+
+    Keys and tokens are 0600. Raises RegistrarError: it is in use and ``force`` is not set, or the disk.
+    """
+    path = path.resolve()  # "." has no name to put a suffix to
+    used = check_writable(path, force=force)
+    target = path if used else path.with_name(path.name + ".new")
+    try:
+        if not used:
+            shutil.rmtree(target, ignore_errors=True)  # left by a crash
+            make_private_folder(target)
+        for name, content in files.items():
+            write_atomic(target / name, content, mode=0o600 if name.endswith((".key", ".txt")) else 0o644)
+        if not used:
+            target.replace(path)
+            sync_folder(path)
+    except OSError as error:
+        raise RegistrarError(f"cannot write the folder {path}: {error.strerror}") from error

@@ -1,5 +1,7 @@
-"""What the registrar must not forget: tokens given out and devices enrolled. SQLite, so that another process may
-list them or add a token while one answers. A transaction is on disk when its block ends (WAL, synchronous FULL).
+"""What the registrar must not forget: tokens, devices, revocations, TLS certificates.
+
+SQLite, so that another process may list them or add a token while one answers. A transaction is on disk when its
+block ends (WAL, synchronous FULL).
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from aggregator.registrar.folder import RegistrarError
 from edge_runtime.protocol.crypto.keys import VerifyKey
 from edge_runtime.protocol.ids import DeviceId, FederationId
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2  # 2 added the three tables of revocation
 _BUSY_S = 10.0  # how long a transaction waits for that of another process
 
 _metadata = sa.MetaData()
@@ -46,6 +49,30 @@ _tokens = sa.Table(
     sa.Column("used_as", sa.String, sa.ForeignKey(_devices.c.device)),
 )
 
+_revocations = sa.Table(
+    "revocations",
+    _metadata,
+    sa.Column("signing_key", sa.LargeBinary, primary_key=True),  # Ed25519 public; never certified again
+    sa.Column("device", sa.String, nullable=False),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("revoked_at", sa.Integer, nullable=False),  # Unix seconds
+)
+_lists = sa.Table(  # what was published; the newest counts
+    "revocation_lists",
+    _metadata,
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("revocations", sa.LargeBinary, nullable=False),  # encoded SignedBytes of a RevocationList
+    sa.Column("crl", sa.LargeBinary),  # PEM; NULL while there is no TLS authority
+)
+_tls_certificates = sa.Table(
+    "tls_certificates",
+    _metadata,
+    sa.Column("serial", sa.String, primary_key=True),  # hex
+    sa.Column("name", sa.String, nullable=False),  # common name
+    sa.Column("not_after", sa.Integer, nullable=False),  # Unix seconds
+    sa.Column("revoked_at", sa.Integer),  # Unix seconds
+)
+
 
 class TokenRow(NamedTuple):
     """``expires_at``: Unix seconds. ``device``: the only name it is good for. ``used_*``: by which key, as whom."""
@@ -58,12 +85,30 @@ class TokenRow(NamedTuple):
 
 
 class DeviceRow(NamedTuple):
-    """``signing_key``: Ed25519 public. ``certificate``: encoded SignedBytes. ``enrolled_at``: Unix seconds."""
+    """``signing_key``: Ed25519 public. ``certificate``: encoded SignedBytes. ``*_at``: Unix seconds."""
 
     device: DeviceId
     signing_key: bytes
     certificate: bytes
     enrolled_at: int
+    revoked_at: int | None = None
+
+
+class TlsRow(NamedTuple):
+    """A client certificate of the registrar's TLS authority. ``name``: common name; times: Unix seconds."""
+
+    serial: int
+    name: str
+    not_after: int
+    revoked_at: int | None = None
+
+
+class Published(NamedTuple):
+    """``revocations``: encoded SignedBytes of a RevocationList; ``crl``: PEM, None without TLS."""
+
+    number: int
+    revocations: bytes
+    crl: bytes | None
 
 
 class Store:
@@ -90,8 +135,11 @@ class Store:
         """Name and root public key as written by ``initialize``. Raises RegistrarError."""
         with self._connection() as connection:
             row = connection.execute(sa.select(_federation)).one_or_none()
-        if row is None or row.schema_version != _SCHEMA_VERSION:
-            raise RegistrarError(f"{self._path} is of another version: use the software that made it")
+            if row is not None and row.schema_version == 1:
+                _metadata.create_all(connection)
+                connection.execute(_federation.update().values(schema_version=_SCHEMA_VERSION))
+            elif row is None or row.schema_version != _SCHEMA_VERSION:
+                raise RegistrarError(f"{self._path} is of another version: use the software that made it")
         return row.name, row.root_key
 
     @contextmanager
@@ -144,18 +192,78 @@ class Transaction:
             _tokens.update().where(_tokens.c.token_id == token_id).values(used_by=key, used_as=device)
         )
 
-    def add_device(self, row: DeviceRow) -> None:
-        self._connection.execute(_devices.insert().values(row._asdict()))
+    def expire_tokens(self, device: DeviceId, now: int) -> int:
+        """Unused tokens for exactly this name end now; how many there were."""
+        wanted = (_tokens.c.device == device, _tokens.c.used_by.is_(None), _tokens.c.expires_at > now)
+        return self._connection.execute(_tokens.update().where(*wanted).values(expires_at=now)).rowcount
+
+    def put_device(self, row: DeviceRow) -> None:
+        """In place of an older row of that name."""
+        values = row._asdict()
+        del values["revoked_at"]
+        insert = sqlite_insert(_devices).values(values)
+        self._connection.execute(insert.on_conflict_do_update([_devices.c.device], set_=values))
 
     def device(self, name: DeviceId) -> DeviceRow | None:
-        row = self._connection.execute(sa.select(_devices).where(_devices.c.device == name)).one_or_none()
+        row = self._connection.execute(_DEVICES.where(_devices.c.device == name)).one_or_none()
         return None if row is None else _device(row)
 
     def devices(self) -> list[DeviceRow]:
         """In the order of names."""
+        return [_device(row) for row in self._connection.execute(_DEVICES.order_by(_devices.c.device))]
+
+    # ---- revocation ---------------------------------------------------------------------------------
+
+    def add_revocation(self, key: bytes, device: DeviceId, epoch: int, now: int) -> None:
+        self._connection.execute(
+            _revocations.insert().values(signing_key=key, device=device, epoch=epoch, revoked_at=now)
+        )
+
+    def is_revoked(self, key: bytes) -> bool:
+        query = sa.select(_revocations.c.epoch).where(_revocations.c.signing_key == key)
+        return self._connection.execute(query).first() is not None
+
+    def revoked_epochs(self) -> dict[DeviceId, int]:
+        """The highest revoked epoch of each device that has one, in the order of names."""
+        columns = (_revocations.c.device, sa.func.max(_revocations.c.epoch))
+        query = sa.select(*columns).group_by(_revocations.c.device).order_by(_revocations.c.device)
+        return {DeviceId(device): epoch for device, epoch in self._connection.execute(query)}
+
+    def publish(self, row: Published) -> None:
+        """In place of an older row of that number."""
+        values = row._asdict()
+        insert = sqlite_insert(_lists).values(values)
+        self._connection.execute(insert.on_conflict_do_update([_lists.c.number], set_=values))
+
+    def published(self) -> Published | None:
+        """The newest."""
+        row = self._connection.execute(sa.select(_lists).order_by(_lists.c.number.desc()).limit(1)).first()
+        return None if row is None else Published(row.number, row.revocations, row.crl)
+
+    def add_tls(self, row: TlsRow) -> None:
+        self._connection.execute(
+            _tls_certificates.insert().values({**row._asdict(), "serial": f"{row.serial:x}"})
+        )
+
+    def revoke_tls(self, name: str, now: int) -> int:
+        """Every certificate of this name that is not revoked yet; how many there were."""
+        wanted = (_tls_certificates.c.name == name, _tls_certificates.c.revoked_at.is_(None))
+        return self._connection.execute(
+            _tls_certificates.update().where(*wanted).values(revoked_at=now)
+        ).rowcount
+
+    def tls_certificates(self) -> list[TlsRow]:
+        """In the order of names and expiry."""
+        query = sa.select(_tls_certificates).order_by(_tls_certificates.c.name, _tls_certificates.c.not_after)
         return [
-            _device(row) for row in self._connection.execute(sa.select(_devices).order_by(_devices.c.device))
+            TlsRow(int(row.serial, 16), row.name, row.not_after, row.revoked_at)
+            for row in self._connection.execute(query)
         ]
+
+
+_DEVICES = sa.select(_devices, _revocations.c.revoked_at).join_from(
+    _devices, _revocations, _devices.c.signing_key == _revocations.c.signing_key, isouter=True
+)
 
 
 def _token(row: sa.Row[Any]) -> TokenRow:
@@ -163,7 +271,7 @@ def _token(row: sa.Row[Any]) -> TokenRow:
 
 
 def _device(row: sa.Row[Any]) -> DeviceRow:
-    return DeviceRow(row.device, row.signing_key, row.certificate, row.enrolled_at)
+    return DeviceRow(row.device, row.signing_key, row.certificate, row.enrolled_at, row.revoked_at)
 
 
 def _configure(connection: sqlite3.Connection, _record: object) -> None:

@@ -1,0 +1,1 @@
+"""The commands of ``aggregator``, a room for each group; ``aggregator.cli`` joins them."""

@@ -1,0 +1,81 @@
+"""``aggregator broker-config``: files for a broker of your own, generated from the table of kinds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge_runtime.protocol.errors import FleetgradError, RemoteProtocolError
+from edge_runtime.protocol.ids import FederationId, federation_id
+
+broker_config_app = typer.Typer(no_args_is_help=True, help="Write the configuration of a broker of your own.")
+
+
+@broker_config_app.callback()
+def _group() -> None:
+    """Write the configuration of a broker of your own: mutual TLS, and who may write and read which topic.
+
+    The certificates come from `aggregator registrar tls`.
+    """
+
+
+@broker_config_app.command("mosquitto")
+def broker_config_mosquitto(
+    out: Annotated[
+        Path, typer.Option(help="The folder with the broker's TLS files; the configuration joins.")
+    ],
+    federation: Annotated[
+        str | None, typer.Option(help="The federation's name; --config says it too.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="aggregator.toml: federation and chunk size.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="TCP port for TLS.")] = 8883,
+    bind: Annotated[str | None, typer.Option(help="IP address to listen on; all by default.")] = None,
+    path: Annotated[
+        Path | None,
+        typer.Option(help="Where the folder will lie on the broker's machine; where it is by default."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+) -> None:
+    """Write mosquitto.conf and acl: TLS on both sides, nobody writes or reads for somebody else.
+
+    First `aggregator registrar tls` for the certificates. Next: `mosquitto -c` with the file that is written.
+    """
+    from aggregator.broker import write_config
+    from aggregator.config import load_aggregator_config
+    from edge_runtime.protocol.chunks import DEFAULT_CHUNK_BYTES
+
+    name, chunk_bytes = federation, DEFAULT_CHUNK_BYTES
+    if config is not None:
+        loaded = load_aggregator_config(config)
+        name, chunk_bytes = federation or loaded.federation, loaded.delivery.chunk_bytes
+        if name != loaded.federation:
+            raise FleetgradError(
+                f"--federation {name}, but {config} is of {loaded.federation}: leave one out"
+            )
+    if name is None:
+        raise FleetgradError(
+            "name the federation with --federation, or the aggregator's settings with --config"
+        )
+    written, missing = write_config(
+        out,
+        _federation(name),
+        path=path,
+        port=port,
+        bind=bind,
+        chunk_bytes=chunk_bytes,
+        force=force,
+    )
+    if missing:
+        typer.echo(f"still missing in {out}: {', '.join(missing)} (`aggregator registrar tls` makes them)")
+    typer.echo(f"next: mosquitto -c {written if path is None else path / written.name}")
+
+
+def _federation(name: str) -> FederationId:
+    try:
+        return federation_id(name)
+    except RemoteProtocolError as error:
+        raise FleetgradError(error.detail) from None
