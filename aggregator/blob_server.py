@@ -1,4 +1,7 @@
-"""Serving blobs: one wave on a shared topic for all who ask, then pull of what somebody missed. Pure."""
+"""Serving blobs: one wave on a shared topic for all who ask, then pull of what somebody missed. Pure.
+
+Why so, with the figures: docs/decisions/0010-blob-delivery.md.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,23 @@ from edge_runtime.protocol.messages import Chunk, Fetch
 from edge_runtime.protocol.rejects import Reject
 
 MAX_PULL = 64  # pieces of one request; the device asks again for the rest
+MAX_GATHERS = 20  # a wave waits at most so many times ``gather_s``, or as long as it will take
+SETTLE_S = 5.0  # after a wave, or as long as it took: its pieces are still on their way to some
+LATE_S = 1.0  # of the pace goes to those who asked too late for a wave; the others pull once it is silent
 
 
 @dataclass
 class _Offer:
     index: BlobIndex
-    chunks: tuple[memoryview, ...]
+    bodies: dict[int | None, bytes]  # the encoded Chunk of each piece; None: of the index
+    expected: int  # who will ask for the first wave, as far as is known; 0 afterwards
+    listeners: set[DeviceId] = field(default_factory=set)  # who asked for the gathered or running wave
     wave_at: float | None = None  # when the gathered wave starts
+    first_asked_at: float = 0.0  # for that wave
     in_wave: set[int | None] = field(default_factory=set)  # pieces of the running wave still to be published
+    wave_began_at: float = 0.0
+    settles_at: float = 0.0  # until then there is no other wave
+    late_bytes: int = 0  # sent alone to those who asked too late for it
 
 
 @dataclass(frozen=True)
@@ -35,21 +47,41 @@ class _Piece:
 
 @dataclass
 class BlobServer:
-    """``gather_s``: a wave waits so long for others to subscribe. ``bytes_per_s``: pace of all pieces together."""
+    """``gather_s``: a wave starts when nobody has asked for so long, or when it has waited long enough.
+
+    Long enough: MAX_GATHERS times that or, if longer, as long as its own delivery to all who have asked will take:
+    nobody gets it later than twice the time it takes at best. Who asks while it runs or settles gets what it has
+    missed alone, as long as that is little (LATE_S). Most of those subscribed in time and are merely slow to be
+    heard; another wave, or many copies, would bring a second load to everybody who is still receiving.
+
+    ``bytes_per_s``: pace of what the broker sends on: a piece of a wave counts once for each device that asked for
+    the wave, or is expected to. Faster than devices read, and a broker keeps copies of each piece for each device.
+    """
 
     federation: FederationId
     chunk_bytes: int
     gather_s: float = 0.03
-    bytes_per_s: float = 50e6
+    bytes_per_s: float = 200e6
     _offers: dict[Digest, _Offer] = field(default_factory=dict)
     _queue: deque[_Piece] = field(default_factory=deque)
     _queued: set[_Piece] = field(default_factory=set)
     _free_at: float = 0.0
 
-    def offer(self, content: bytes) -> BlobRef:
-        """Serve this content from now on; the same content again is the same blob."""
+    def offer(self, content: bytes, expected: int = 0) -> BlobRef:
+        """Serve this content from now on; the same content again is the same blob.
+
+        expected: devices that are about to ask for it. Most have subscribed long before a busy broker passes their
+        requests on, so the wave is paced for them all; and it need not wait once they all have asked.
+        """
         index, chunks = split(content, self.chunk_bytes)
-        self._offers.setdefault(index.digest, _Offer(index, chunks))
+        if index.digest not in self._offers:
+            pieces: dict[int | None, bytes | memoryview] = {None: index.to_bytes(), **dict(enumerate(chunks))}
+            bodies = {
+                i: Chunk(digest=index.digest, index=i, content=bytes(piece)).encode()
+                for i, piece in pieces.items()
+            }
+            self._offers[index.digest] = _Offer(index, bodies, expected)
+        self._offers[index.digest].expected = expected
         return BlobRef(digest=index.digest, size=index.size)
 
     def withdraw_all_but(self, keep: set[Digest]) -> None:
@@ -62,14 +94,11 @@ class BlobServer:
         offer = self._offers.get(fetch.digest)
         if offer is None:
             raise RemoteProtocolError(Reject.UNKNOWN_BLOB, f"{fetch.digest.hex()[:16]} is not offered")
-        if fetch.wave and not offer.in_wave:
-            if offer.wave_at is None:
-                offer.wave_at = now + self.gather_s
-            return
-        if fetch.wave:  # it runs already: what this device has missed of it goes to it alone
-            for index in (None, *range(offer.index.count)):
-                if index not in offer.in_wave:
-                    self._enqueue(_Piece(fetch.digest, index, device))
+        if fetch.wave:
+            if offer.in_wave or now < offer.settles_at:
+                self._serve_late(offer, device)
+            else:
+                self._gather(now, offer, device)
             return
         if len(fetch.chunks) > MAX_PULL or any(i >= offer.index.count for i in fetch.chunks):
             raise RemoteProtocolError(Reject.MALFORMED, f"{len(fetch.chunks)} chunks of {offer.index.count}")
@@ -83,6 +112,7 @@ class BlobServer:
         for digest, offer in self._offers.items():
             if offer.wave_at is not None and now >= offer.wave_at:
                 offer.wave_at = None
+                offer.wave_began_at, offer.late_bytes = now, 0
                 pieces: list[int | None] = [None, *range(offer.index.count)]
                 offer.in_wave.update(pieces)
                 for index in pieces:
@@ -95,10 +125,16 @@ class BlobServer:
             offer_now = self._offers.get(piece.digest)
             if offer_now is None:
                 continue
-            if piece.to is None:
-                offer_now.in_wave.discard(piece.index)
             message = self._message(offer_now, piece)
-            self._free_at += len(message[1]) / self.bytes_per_s
+            receivers = 1
+            if piece.to is None:
+                receivers = max(len(offer_now.listeners), offer_now.expected)
+                offer_now.in_wave.discard(piece.index)
+                if not offer_now.in_wave:
+                    offer_now.listeners.clear()
+                    offer_now.expected = 0
+                    offer_now.settles_at = now + max(SETTLE_S, now - offer_now.wave_began_at)
+            self._free_at += len(message[1]) * receivers / self.bytes_per_s
             out.append(message)
         return out
 
@@ -109,18 +145,40 @@ class BlobServer:
             times.append(self._free_at)
         return min(times, default=None)
 
+    @property
+    def queued(self) -> int:
+        """Pieces that wait for their time."""
+        return len(self._queue)
+
+    def _gather(self, now: float, offer: _Offer, device: DeviceId) -> None:
+        if offer.wave_at is None:
+            offer.first_asked_at = now
+        offer.listeners.add(device)
+        if len(offer.listeners) == offer.expected:
+            offer.wave_at = now
+            return
+        delivery_s = max(len(offer.listeners), offer.expected) * offer.index.size / self.bytes_per_s
+        patience_s = max(MAX_GATHERS * self.gather_s, delivery_s)
+        offer.wave_at = min(now + self.gather_s, offer.first_asked_at + patience_s)
+
+    def _serve_late(self, offer: _Offer, device: DeviceId) -> None:
+        if offer.in_wave:
+            offer.listeners.add(device)
+        if offer.late_bytes > LATE_S * self.bytes_per_s:
+            return
+        offer.late_bytes += offer.index.size
+        for index in (None, *range(offer.index.count)):
+            if index not in offer.in_wave:
+                self._enqueue(_Piece(offer.index.digest, index, device))
+
     def _enqueue(self, piece: _Piece) -> None:
         if piece not in self._queued:
             self._queued.add(piece)
             self._queue.append(piece)
 
     def _message(self, offer: _Offer, piece: _Piece) -> tuple[str, bytes]:
-        content = offer.index.to_bytes() if piece.index is None else bytes(offer.chunks[piece.index])
-        body = Chunk(digest=piece.digest, index=piece.index, content=content).encode()
-        header = Header(
-            kind=Kind.CHUNK, federation=self.federation, device=piece.to, payload_digest=sha256(body)
-        )
-        (payload,) = pack(header, body, sign=None)
+        header = Header(kind=Kind.CHUNK, federation=self.federation, device=piece.to, payload_digest=sha256())
+        (payload,) = pack(header, offer.bodies[piece.index], sign=None)
         if piece.to is not None:
             return topics.down(self.federation, piece.to), payload
         return topics.blob_piece(self.federation, piece.digest, piece.index), payload

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
+from contextlib import ExitStack
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from edge_runtime.command_line import json_report, run_program, stopped_by_signal, text_report
+from aggregator.commands.broker import broker_config_app
+from aggregator.commands.orders import register as register_orders
+from aggregator.commands.registrar import BrokerUrl, RegistrarFolder, checked_expiry_h, registrar_app
+from edge_runtime.command_line import run_program, stopped_by_signal, tee
 from edge_runtime.protocol.errors import FleetgradError
 
 app = typer.Typer(
@@ -23,15 +27,10 @@ app = typer.Typer(
     First `aggregator init`, then `aggregator registrar serve` while devices enrol with tokens of
     `aggregator enroll-token`, then `aggregator serve`. It needs a broker: `aggregator broker` starts one.""",
 )
-registrar_app = typer.Typer(
-    no_args_is_help=True, help="The root of trust: certifies devices and aggregators."
-)
 app.add_typer(registrar_app, name="registrar")
+app.add_typer(broker_config_app, name="broker-config")
 
-MAX_EXPIRES_H = 10 * 365 * 24
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The file that `aggregator init` wrote.")]
-BrokerUrl = Annotated[str, typer.Option("--broker", help="mqtt://host:port, or mqtts:// for TLS.")]
-RegistrarFolder = Annotated[Path, typer.Option("--folder", help="The registrar's folder, with the root key.")]
 
 
 @app.command()
@@ -41,7 +40,12 @@ def init(
     artifact: Annotated[Path, typer.Option(help="The folder that `model-export build` wrote.")],
     broker: BrokerUrl = "mqtt://127.0.0.1:1883",
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting, as section.key=value; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A setting, as section.key=value; may be repeated. A plan for a kind of fleet: "
+            "plan.preset=default, medical, finance or iot.",
+        ),
     ] = None,
 ) -> None:
     """Make keys, a registrar and a commented aggregator.toml, all in one new folder.
@@ -73,12 +77,10 @@ def enroll_token(
     """
     from aggregator import registrar
 
-    if not 0 < expires_h <= MAX_EXPIRES_H:
-        raise FleetgradError(f"--expires-h {expires_h:g}: more than 0 and at most {MAX_EXPIRES_H} hours")
-
+    lifetime_s = checked_expiry_h(expires_h) * 3600
     authority = registrar.open(folder)
     try:
-        token = authority.new_token(broker, int(time.time() + expires_h * 3600), device)
+        token = authority.new_token(broker, int(time.time() + lifetime_s), device)
     finally:
         authority.close()
     typer.echo(token.encode())
@@ -104,11 +106,26 @@ def serve(
     Meanwhile `aggregator status` shows what happens; `aggregator export-model` takes any version home.
     """
     from aggregator.config import load_aggregator_config
+    from aggregator.monitoring.endpoint import Endpoint
+    from aggregator.monitoring.listen import parse_listen
+    from aggregator.monitoring.logs import structured_logs
+    from aggregator.monitoring.monitor import Monitor
     from aggregator.service import Service
 
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    report = json_report() if log_json else text_report()
-    with Service(config=load_aggregator_config(config), report=report, take_over=take_over) as service:
+    settings = load_aggregator_config(config)
+    monitoring = settings.monitoring
+    monitor = Monitor(
+        folder=settings.folder, release=metadata.version("fleetgrad"), stalled_s=monitoring.stalled_s
+    )
+    with ExitStack() as stack:
+        log = stack.enter_context(structured_logs(as_json=log_json, federation=settings.federation))
+        report = tee(log, monitor.event)
+        service = stack.enter_context(
+            Service(config=settings, report=report, take_over=take_over, monitor=monitor)
+        )
+        if monitoring.listen:
+            endpoint = stack.enter_context(Endpoint(monitor, parse_listen(monitoring.listen)))
+            log("monitoring", url=endpoint.url)
         service.run(should_stop=stopped_by_signal(), until_finished=until_finished)
 
 
@@ -119,15 +136,27 @@ def status(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the whole ledger and check that it is consistent.")
     ] = False,
+    live: Annotated[
+        bool, typer.Option("--watch", "-w", help="Go on until Ctrl-C; in a pipe, a line for every change.")
+    ] = False,
+    interval_s: Annotated[
+        float, typer.Option("--interval-s", min=0.1, max=3600, help="Seconds between two looks of --watch.")
+    ] = 1.0,
 ) -> None:
-    """Versions, rounds, devices and refusals, read from the ledger; works while `serve` runs.
+    """Versions, rounds, devices, evaluations, orders and refusals, read from the ledger; works while `serve` runs.
 
     Next: `aggregator export-model` for a version worth having.
     """
     from aggregator.config import load_aggregator_config
-    from aggregator.status import collect, render
+    from aggregator.status import collect, render, watch_ledger
 
-    document = collect(load_aggregator_config(config), verify=verify)
+    settings = load_aggregator_config(config)
+    if live and (as_json or verify):
+        raise FleetgradError("--watch shows what happens: take --json and --verify without it")
+    if live:
+        watch_ledger(settings, interval_s=interval_s, should_stop=stopped_by_signal())
+        return
+    document = collect(settings, verify=verify)
     if as_json:
         typer.echo(json.dumps(document, indent=1))
     else:
@@ -185,77 +214,7 @@ def broker(
     )
 
 
-@registrar_app.command("serve")
-def registrar_serve(folder: RegistrarFolder, broker: BrokerUrl) -> None:
-    """Answer enrolment requests until Ctrl-C. Only needed while devices enrol.
-
-    Next: `aggregator enroll-token` for each device, and `edge-runtime enroll` there.
-    """
-    from aggregator import registrar
-    from edge_runtime.transport.address import parse_broker_url
-    from edge_runtime.transport.mqtt import MqttOptions, MqttTransport
-
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
-    authority = registrar.open(folder)
-    try:
-        options = MqttOptions(
-            address=parse_broker_url(broker), client_id=f"fleetgrad-{authority.federation}-registrar"
-        )
-        transport = MqttTransport(options)
-        transport.open(10.0)
-        try:
-            typer.echo(f"the registrar of {authority.federation} answers on {options.address.url}")
-            authority.serve(transport, stopped_by_signal())
-        finally:
-            transport.close()
-    finally:
-        authority.close()
-
-
-@registrar_app.command("devices")
-def registrar_devices(folder: RegistrarFolder) -> None:
-    """List the devices that were certified, with their keys; `aggregator status` tells what they do."""
-    from aggregator import registrar
-
-    authority = registrar.open(folder)
-    try:
-        for row in authority.devices():
-            typer.echo(f"{row.device}  {row.signing_key.hex()}")
-    finally:
-        authority.close()
-
-
-@registrar_app.command("certify")
-def registrar_certify(
-    folder: RegistrarFolder,
-    signing_key: Annotated[str, typer.Option(help="The aggregator's Ed25519 public key, hex.")],
-    sealing_key: Annotated[str, typer.Option(help="The aggregator's X25519 public key, hex.")],
-    out: Annotated[Path, typer.Option(help="The certificate file to write.")],
-    generation: Annotated[int, typer.Option(help="The ledger's generation.")] = 1,
-    first_round: Annotated[int, typer.Option(help="The first round it is good for.")] = 0,
-    last_round: Annotated[int, typer.Option(help="And the last.")] = 1_000_000,
-) -> None:
-    """Certify an aggregator's keys, for a new machine, a rotation, or after a restore from a backup.
-
-    Next: name the file as certificate_file in aggregator.toml, and start `aggregator serve` again.
-    """
-    from aggregator import registrar
-    from aggregator.setup import write_certificate
-
-    authority = registrar.open(folder)
-    try:
-        keys = (_hex_key(signing_key), _hex_key(sealing_key))
-        write_certificate(out, authority.certify_aggregator(*keys, generation, first_round, last_round))
-    finally:
-        authority.close()
-    typer.echo(f"{out} certifies generation {generation}, rounds {first_round}..{last_round}")
-
-
-def _hex_key(text: str) -> bytes:
-    try:
-        return bytes.fromhex(text)
-    except ValueError:
-        raise FleetgradError(f"{text[:80]!r} is no key: 64 hex digits are expected") from None
+register_orders(app)
 
 
 def main() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from aggregator.core.step import RoundRules
+from aggregator.core.round_rules import RoundRules
+from aggregator.monitoring.listen import parse_listen
+from aggregator.plan_presets import with_preset
 from edge_runtime.protocol.chunks import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES, MIN_CHUNK_BYTES
 from edge_runtime.protocol.codecs import CODECS, available
 from edge_runtime.protocol.errors import LocalProtocolError, RemoteProtocolError
@@ -14,8 +18,9 @@ from edge_runtime.protocol.fixed_point import max_scale_bits
 from edge_runtime.protocol.ids import FederationId, federation_id
 from edge_runtime.protocol.manifest import MAX_COHORT
 from edge_runtime.protocol.parsing import MAX_CODECS
-from edge_runtime.protocol.plan import Plan
-from edge_runtime.settings import load, require
+from edge_runtime.protocol.plan import OPTIMIZERS, Plan
+from edge_runtime.protocol.schedules import SHAPES
+from edge_runtime.settings import BadSetting, ConfigError, Problem, read_document, require, structure
 from edge_runtime.transport.broker_config import BrokerConfig
 
 MAX_DEADLINE_S = 30 * 24 * 3600
@@ -23,11 +28,11 @@ MAX_DEADLINE_S = 30 * 24 * 3600
 
 @dataclass(frozen=True, kw_only=True)
 class DeliveryConfig:
-    """How blobs travel. ``gather_s``: a wave waits so long for others; ``bytes_per_s``: pace of all of it."""
+    """How blobs travel: ``aggregator.blob_server.BlobServer`` says what the values do."""
 
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
     gather_s: float = 0.03
-    bytes_per_s: float = 50e6
+    bytes_per_s: float = 200e6
 
     def __post_init__(self) -> None:
         require(
@@ -41,12 +46,62 @@ class DeliveryConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MonitoringConfig:
+    """``listen``: host:port of /metrics, /healthz and /readyz; empty: they are not offered.
+
+    ``stalled_s``: /healthz fails when the serving loop has not turned for so long.
+    """
+
+    listen: str = ""
+    stalled_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        if self.listen:
+            try:
+                parse_listen(self.listen)
+            except ValueError as error:
+                require(False, "listen", self.listen, f'{error}, as in "127.0.0.1:9464"')
+        require(self.stalled_s >= 5, "stalled_s", self.stalled_s, "at least 5 seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionsConfig:
+    """``keep``: how many of the newest versions stay on disk; 0: all."""
+
+    keep: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.keep >= 0, "keep", self.keep, "0 (all) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out data for the versions. ``data``: an .npz; None: no evaluation.
+
+    inputs, target: names of its arrays, inputs in the order of the model's. every: of so many versions one.
+    """
+
+    data: Path | None = None
+    inputs: tuple[str, ...] = ("x",)
+    target: str = "y"
+    every: int = 1
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        require(len(self.inputs) > 0, "inputs", list(self.inputs), "at least one name")
+        require(self.every >= 1, "every", self.every, "at least 1")
+        require(1 <= self.threads <= 256, "threads", self.threads, "1 to 256")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AggregatorConfig:
     """``folder``: all state of the aggregator; ``root_key``: hex of the registrar's public key.
 
-    round, plan: as ``core.step.RoundRules`` and ``protocol.plan.Plan`` say; ``plan.scale_bits`` is not to be set,
-        and of ``plan.codecs`` those are offered that can be used here.
+    round, plan: as ``core.round_rules.RoundRules`` and ``protocol.plan.Plan`` say; ``plan.scale_bits`` is not to be
+        set, and of ``plan.codecs`` those are offered that can be used here. ``plan.preset`` is a key of the file
+        only (``plan_presets``).
     run_seed_file: 32 bytes as 64 hex digits for the selection; None: made once, kept secret in the folder.
+    revocations_file: the root's list of revoked devices, read when a manifest is made; None: nobody is revoked.
     keep_updates: keep the sealed updates of closed rounds (they can no longer be opened: the key is gone).
     """
 
@@ -60,10 +115,14 @@ class AggregatorConfig:
     broker: BrokerConfig
     generation: int = 1
     run_seed_file: Path | None = None
+    revocations_file: Path | None = None
     keep_updates: bool = False
     round: RoundRules = field(default_factory=RoundRules)
     plan: Plan = field(default_factory=Plan)
     delivery: DeliveryConfig = field(default_factory=DeliveryConfig)
+    versions: VersionsConfig = field(default_factory=VersionsConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
 
     def __post_init__(self) -> None:
         try:
@@ -87,6 +146,18 @@ class AggregatorConfig:
             "round.cohort",
             self.round.cohort,
             f"at most {MAX_COHORT} devices",
+        )
+        require(
+            self.plan.optimizer in OPTIMIZERS,
+            "plan.optimizer",
+            self.plan.optimizer,
+            f"choose from {', '.join(OPTIMIZERS)}",
+        )
+        require(
+            self.plan.schedule.shape in SHAPES,
+            "plan.schedule.shape",
+            self.plan.schedule.shape,
+            f"choose from {', '.join(SHAPES)}",
         )
         problem = self.plan.problem()
         require(problem is None, "plan", "values that do not fit together", problem or "")
@@ -127,8 +198,19 @@ class AggregatorConfig:
 
 
 def load_aggregator_config(path: Path) -> AggregatorConfig:
-    """``aggregator.toml``. Raises ConfigError (``settings.load``)."""
-    return load(path, AggregatorConfig)
+    """``aggregator.toml``, the preset of its plan filled in. Raises ConfigError (``settings.load``)."""
+    return aggregator_config(read_document(path), path)
+
+
+def aggregator_config(document: Mapping[str, Any], path: Path) -> AggregatorConfig:
+    """The parsed TOML of ``load_aggregator_config``; ``path`` names the file in errors. Raises ConfigError."""
+    section = document.get("plan")
+    if isinstance(section, Mapping):
+        try:
+            document = {**document, "plan": with_preset(section)}
+        except BadSetting as error:
+            raise ConfigError(path, Problem(error.key, error.found, error.allowed)) from error
+    return structure(document, AggregatorConfig, path)
 
 
 def _is_hex(text: str) -> bool:

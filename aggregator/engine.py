@@ -6,26 +6,34 @@ leaves before the commit it speaks of, so a crash anywhere loses nothing that wa
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from aggregator.blob_server import BlobServer
-from aggregator.core import step as core
+from aggregator.core import events
+from aggregator.core.events import Decision
+from aggregator.core.round_rules import RoundRules
 from aggregator.core.state import State, apply
+from aggregator.core.step import step
+from aggregator.evaluation import EvaluationFailed, Evaluator
 from aggregator.inbox.updates import UpdateInbox
+from aggregator.intake import max_update_bytes
 from aggregator.ledger.ledger import Ledger
 from aggregator.ledger.values import Batch, Piece
+from aggregator.orders import OrderBox
 from aggregator.reception import About, Reception
+from aggregator.revocations import RevocationsError, RevocationsFile
 from aggregator.round_keys import RoundKeyMissing, RoundKeys
 from aggregator.round_maker import RoundMaker
 from aggregator.rules.mean import aggregate
 from aggregator.versions import VersionStore
-from aggregator.work import Incoming, Outgoing, Report, Work
+from aggregator.work import Incoming, Meter, NoMeter, Outgoing, Report, Work
 from edge_runtime.protocol import topics
 from edge_runtime.protocol.envelope import unpack
 from edge_runtime.protocol.errors import LocalProtocolError
-from edge_runtime.protocol.ids import FederationId, RoundId
+from edge_runtime.protocol.ids import Digest, FederationId, RoundId
 from edge_runtime.protocol.kinds import Kind
 from edge_runtime.protocol.manifest import Manifest
 from edge_runtime.protocol.plan import Plan
@@ -41,7 +49,7 @@ class Engine:
     """
 
     federation: FederationId
-    rules: core.RoundRules
+    rules: RoundRules
     run_seed: bytes
     ledger: Ledger
     updates: UpdateInbox
@@ -52,18 +60,24 @@ class Engine:
     clock: Callable[[], float]
     report: Report
     keep_updates: bool = False
+    evaluator: Evaluator | None = None
+    revocations: RevocationsFile | None = None
+    meter: Meter = field(default_factory=NoMeter)
     state: State = field(init=False)
     finished: bool = field(default=False, init=False)
+    drained: bool = field(default=False, init=False)
     wake_at: float | None = field(default=None, init=False)
     outgoing: deque[Outgoing] = field(default_factory=deque, init=False)
     _reception: Reception = field(init=False)
+    _orders: OrderBox = field(init=False)
     _theta: Vector = field(init=False)
-    _plan: Plan = field(init=False)  # of the open round, or of the next
+    _plan: Plan = field(init=False)  # see _use_plan
     _manifest: bytes | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.state = self.ledger.load_state()
-        self._plan = self.maker.plan
+        self._use_plan(self.maker.plan)
+        self._orders = OrderBox(ledger=self.ledger, versions=self.versions)
         self._reception = Reception(
             federation=self.federation,
             plan=lambda: self._plan,
@@ -76,6 +90,7 @@ class Engine:
             clock=self.clock,
             state=self.state,
             decide=self._step,
+            meter=self.meter,
         )
 
     # ---- entrances ----------------------------------------------------------------------------------
@@ -92,11 +107,19 @@ class Engine:
             if open_round.phase in (Phase.COLLECTING, Phase.FROZEN):
                 manifest = _read_manifest(open_round.manifest, self.federation)
                 self.maker.offer_again(manifest, open_round.cohort, self._theta)
-                self._plan = manifest.plan
+                self._use_plan(manifest.plan)
             self.report("resumed", round=open_round.round_id.number, phase=open_round.phase.value)
-        self._decide(core.Recovered())
-        if self._manifest is None:
+        else:
+            work = Work()
+            self._take_revocations(work)
+            self._commit(work)
+        self._say_standing()
+        self._decide(events.Recovered())
+        if self._manifest is None and not self.drained:
             self._rest(FederationState.WAITING)
+        self.versions.prune(self.state.version)
+        self._evaluate(0)
+        self._evaluate(self.state.version)
 
     def handle(self, batch: Sequence[Incoming]) -> None:
         """Verify and commit a batch. After it returns the messages may be acknowledged to the broker."""
@@ -109,8 +132,11 @@ class Engine:
     def tick(self) -> None:
         """Time has passed: deadlines, waves, the next round."""
         now = self.clock()
+        for work in self._orders.take(now, self.state, self._step):
+            self._commit(work)
+        self._take_evaluations()
         if self.wake_at is None or now >= self.wake_at or self._resting():
-            self._decide(core.Tick())
+            self._decide(events.Tick())
         self.outgoing.extend(Outgoing(topic, payload) for topic, payload in self.blobs.due(now))
 
     def next_wake(self) -> float | None:
@@ -125,15 +151,16 @@ class Engine:
 
     # ---- decisions, commits, effects ----------------------------------------------------------------
 
-    def _step(self, event: core.Event, work: Work) -> None:
-        decision = core.step(self.state, self.rules, self.run_seed, self.clock(), event)
+    def _step(self, event: events.Event, work: Work) -> Decision:
+        decision = step(self.state, self.rules, self.run_seed, self.clock(), event)
         for record in decision.records:
             apply(self.state, record)
         work.records += decision.records
         work.effects += decision.effects
         self.wake_at = decision.wake_at
+        return decision
 
-    def _decide(self, event: core.Event) -> None:
+    def _decide(self, event: events.Event) -> None:
         work = Work()
         self._step(event, work)
         self._commit(work)
@@ -141,11 +168,13 @@ class Engine:
     def _commit(self, work: Work) -> None:
         """Make durable, then run the effects; what they lead to is committed in turn."""
         while True:
+            began = time.perf_counter()
             if work.pieces:
                 self.updates.inbox.sync()
             batch = work.batch()
             if batch != Batch():
                 self.ledger.commit(batch)
+                self.meter.committed(time.perf_counter() - began)
             for round_id in work.forget:
                 self.updates.inbox.delete_round(round_id)
             self.outgoing.extend(work.outgoing)
@@ -157,21 +186,25 @@ class Engine:
             for effect in effects:
                 self._perform(effect, work)
 
-    def _perform(self, effect: core.Effect, work: Work) -> None:
+    def _perform(self, effect: events.Effect, work: Work) -> None:
         match effect:
-            case core.PrepareRound():
+            case events.PrepareRound() if self._take_revocations(work):
+                pass  # the next tick draws the cohort anew
+            case events.PrepareRound():
                 opened = self.maker.prepare(effect, self._theta)
-                self._plan = _read_manifest(opened.manifest, self.federation).plan
-                self._step(core.RoundPrepared(opened), work)
+                self._use_plan(_read_manifest(opened.manifest, self.federation).plan)
+                self._step(events.RoundPrepared(opened), work)
                 work.say(
                     "round_opened",
                     round=effect.round_id.number,
                     cohort=list(effect.cohort),
                     base_version=effect.base_version,
                 )
-            case core.PublishManifest():
+            case events.PublishManifest():
                 self._publish_manifest(effect.manifest, work)
-            case core.SendReceipt():
+            case events.RepeatManifest():
+                self.announce()
+            case events.SendReceipt():
                 current = self.state.round
                 about = About(
                     effect.device,
@@ -180,20 +213,27 @@ class Engine:
                     effect.digest,
                 )
                 work.outgoing.append(self._reception.answer(about, effect.verdict, samples=effect.samples))
-            case core.Aggregate():
+            case events.Aggregate():
                 self._aggregate(effect, work)
-            case core.PublishVersion():
+            case events.PublishVersion():
                 self._publish_version(effect, work)
-            case core.CloseRound():
+            case events.PublishRestored():
+                self._publish_restored(effect, work)
+            case events.CloseRound():
                 self._clean_up(effect.round_id, work)
-                self.report("round_aborted", round=effect.round_id.number)
-            case core.Finish():
+                last = next(iter(self.ledger.rounds(1)), None)
+                reason = last.reason if last else None
+                self.report("round_aborted", round=effect.round_id.number, reason=reason)
+            case events.Finish():
                 if not self.finished:
                     self.finished = True
                     self._rest(FederationState.FINISHED)
                     work.say("finished", version=effect.version)
+            case events.Exit():
+                self.drained = True
+                work.say("drained")
 
-    def _aggregate(self, effect: core.Aggregate, work: Work) -> None:
+    def _aggregate(self, effect: events.Aggregate, work: Work) -> None:
         current = self.state.round
         if current is None:
             raise LocalProtocolError("nothing to aggregate")
@@ -205,12 +245,12 @@ class Engine:
             )
             theta, excluded = aggregate(self._theta, stream, self._plan)
         except RoundKeyMissing as error:
-            self._step(core.AggregationFailed(effect.round_id, str(error)), work)
+            self._step(events.AggregationFailed(effect.round_id, str(error)), work)
             return
         digest = self.versions.write_parameters(effect.base_version + 1, theta)
-        self._step(core.Aggregated(round_id=effect.round_id, model_digest=digest, excluded=excluded), work)
+        self._step(events.Aggregated(round_id=effect.round_id, model_digest=digest, excluded=excluded), work)
 
-    def _publish_version(self, effect: core.PublishVersion, work: Work) -> None:
+    def _publish_version(self, effect: events.PublishVersion, work: Work) -> None:
         self._theta = self._read_theta(effect.version)
         current = self.state.round
         accepted = list(current.accepted) if current else []
@@ -220,7 +260,9 @@ class Engine:
             {"federation": self.federation, "round": effect.round_id.number, "accepted": len(accepted)},
         )
         self._clean_up(effect.round_id, work)
-        self._step(core.VersionPublished(effect.round_id), work)
+        self.versions.prune(effect.version)
+        self._evaluate(effect.version)
+        self._step(events.VersionPublished(effect.round_id), work)
         work.say(
             "round_published",
             round=effect.round_id.number,
@@ -229,13 +271,79 @@ class Engine:
             folder=str(folder),
         )
 
+    def _publish_restored(self, effect: events.PublishRestored, work: Work) -> None:
+        self._theta = self._read_theta(effect.version)
+        folder = self.versions.publish(
+            effect.version, self._theta, {"federation": self.federation, "restored_from": effect.of}
+        )
+        self.versions.prune(effect.version)
+        self._evaluate(effect.version)
+        self._rest(FederationState.FINISHED if self.finished else FederationState.WAITING)
+        work.say("version_restored", version=effect.version, restored_from=effect.of, folder=str(folder))
+
     def _clean_up(self, round_id: RoundId, work: Work) -> None:
         self.keys.destroy(round_id)
         self.updates.forget_round(round_id)
         if not self.keep_updates:
             work.forget.append(round_id)
 
+    # ---- revocations and evaluations -------------------------------------------------------------------
+
+    def _take_revocations(self, work: Work) -> bool:
+        """Whether the root's list has changed. One that is refused is reported, and leaves the last in force."""
+        if self.revocations is None:
+            return False
+        try:
+            found = self.revocations.newer_than(self.state.revocations)
+        except RevocationsError as error:
+            self.report("revocations_refused", reason=str(error))
+            return False
+        if found is None:
+            return False
+        revoked = tuple((entry.device, entry.epoch) for entry in found.entries)
+        self._step(events.RevocationsRead(number=found.number, revoked=revoked), work)
+        if revoked or self.state.revocations > 1:  # the empty list of a new registrar is no news
+            work.say("revocations_taken", number=found.number, devices=len(revoked))
+        return True
+
+    @property
+    def evaluating(self) -> bool:
+        """A version is being evaluated, or waits for it."""
+        return self.evaluator is not None and self.evaluator.busy
+
+    def _evaluate(self, version: int) -> None:
+        """Ask for it, unless that was done; the figures are committed when they come."""
+        if self.evaluator is None or not self.evaluator.wants(version):
+            return
+        if self.ledger.evaluation(version) is None:
+            self.evaluator.submit(version, self._digest(version))
+
+    def _take_evaluations(self) -> None:
+        for result in self.evaluator.results() if self.evaluator is not None else ():
+            if isinstance(result, EvaluationFailed):
+                self.report("evaluation_failed", version=result.version, reason=result.reason)
+                continue
+            work = Work(evaluations=[result])
+            work.say("evaluated", version=result.version, samples=result.samples, **result.metrics)
+            self._commit(work)
+
     # ---- small helpers ------------------------------------------------------------------------------
+
+    def _use_plan(self, plan: Plan) -> None:
+        """Of the open round, as its manifest says, or of the next."""
+        self._plan = plan
+        self.updates.max_bytes = max_update_bytes(plan, self.versions.parameter_count)
+
+    def _say_standing(self) -> None:
+        state = self.state
+        if state.paused or state.draining or state.evicted or state.revoked:
+            self.report(
+                "standing_orders",
+                paused=state.paused,
+                draining=state.draining,
+                evicted=sorted(state.evicted),
+                revoked=len(state.revoked),
+            )
 
     def _forget_closed_rounds(self, open_round: RoundId | None) -> None:
         """What a crash between the end of a round and its cleaning up has left."""
@@ -258,7 +366,7 @@ class Engine:
                 )
 
     def _resting(self) -> bool:
-        return self.state.phase in (None, Phase.PUBLISHED, Phase.ABORTED) and not self.finished
+        return self.state.at_rest and not self.finished and not self.drained
 
     def _rest(self, state: FederationState) -> None:
         last = RoundId(self.state.generation, self.state.round.round_id.number if self.state.round else 0)
@@ -271,12 +379,15 @@ class Engine:
         work.outgoing.append(Outgoing(topics.manifest(self.federation), manifest, retain=True))
 
     def _read_theta(self, version: int) -> Vector:
+        return self.versions.read_parameters(version, self._digest(version))
+
+    def _digest(self, version: int) -> Digest:
         if version == 0:
-            return self.versions.read_parameters(0, self.versions.initial_digest())
+            return self.versions.initial_digest()
         row = self.ledger.version(version)
         if row is None:
             raise LocalProtocolError(f"version {version} is not in the ledger")
-        return self.versions.read_parameters(version, row.model_digest)
+        return row.model_digest
 
 
 def _read_manifest(payload: bytes, federation: FederationId) -> Manifest:

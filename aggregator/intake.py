@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from edge_runtime.protocol import certificates, topics
+from edge_runtime.protocol.codecs import codec_named
 from edge_runtime.protocol.crypto.keys import SealingPrivateKey, VerifyKey
 from edge_runtime.protocol.crypto.provider import CryptoProvider
 from edge_runtime.protocol.envelope import Envelope, Header, seal_context, unpack
@@ -17,9 +18,11 @@ from edge_runtime.protocol.identities import DeviceCertificate
 from edge_runtime.protocol.ids import DeviceId, FederationId
 from edge_runtime.protocol.kinds import Kind
 from edge_runtime.protocol.messages import CheckIn, Fetch, Telemetry, Update
+from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.rejects import Reject
 
 ROLE = 1  # of certificates: a committee's members check in nowhere
+_UPDATE_OVERHEAD = 1024  # the seal and the fields beside the vector
 ACCEPTED = (Kind.CHECKIN, Kind.FETCH, Kind.UPDATE, Kind.TELEMETRY)
 
 
@@ -123,6 +126,12 @@ class Intake:
 
     def _open(self, envelope: Envelope) -> bytes:
         return self.provider.open(self.sealing_key, seal_context(envelope.header), b"", envelope.body)
+
+
+def max_update_bytes(plan: Plan, parameter_count: int) -> int:
+    """What a sealed update in the largest codec of the plan may have. Raises RemoteProtocolError(UNKNOWN_CODEC)."""
+    largest = max(codec_named(name).max_bytes(parameter_count) for name in plan.codecs)
+    return largest + _UPDATE_OVERHEAD
 
 
 def open_update(

@@ -1,22 +1,25 @@
-"""Taking in what devices say: verify, look inside, append to the inbox, put the question to the core."""
+"""Taking in what devices say: verify, look inside, append to the inbox, put the question to the events."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from aggregator.blob_server import BlobServer
-from aggregator.core import step as core
+from aggregator.core import events
 from aggregator.core.records import UpdateStored
 from aggregator.core.state import State
+from aggregator.core.step import barred, screen
 from aggregator.inbox.updates import UpdateInbox
 from aggregator.intake import (
     CheckInRequest,
     FetchRequest,
     Intake,
     KnownDevice,
+    Request,
     TelemetryReport,
     UpdatePiece,
     open_update,
@@ -26,7 +29,8 @@ from aggregator.ledger.values import Count, DeviceSeen
 from aggregator.round_keys import RoundKeyMissing, RoundKeys
 from aggregator.round_maker import RoundMaker
 from aggregator.rules.mean import decode_update
-from aggregator.work import Incoming, Outgoing, Work
+from aggregator.work import Incoming, Meter, Outgoing, Work
+from edge_runtime.protocol import topics
 from edge_runtime.protocol.errors import LocalProtocolError, RemoteProtocolError
 from edge_runtime.protocol.identities import DeviceCertificate, SignedBytes
 from edge_runtime.protocol.ids import DeviceId, Digest, FederationId, RoundId
@@ -62,7 +66,8 @@ class Reception:
     blobs: BlobServer
     clock: Callable[[], float]
     state: State
-    decide: Callable[[core.Event, Work], None]
+    decide: Callable[[events.Event, Work], object]
+    meter: Meter
     intake: Intake = field(init=False)
     _known: dict[DeviceId, KnownDevice] = field(default_factory=dict, init=False)
 
@@ -78,30 +83,47 @@ class Reception:
 
     def take(self, message: Incoming, work: Work) -> None:
         """One message; a refusal is counted, told to its sender where it is known, and has no other effect."""
+        request: Request | None = None
         try:
-            self._take(message, work)
+            request = self.intake.accept(message.topic, message.payload)
+            self._handle(request, message, work)
         except RemoteProtocolError as error:
             work.counts[error.reject] += 1
             work.say(
                 "refused",
+                **_concerns(message.topic, request),
                 topic=ascii(message.topic[:120]),
                 reject=error.reject.name.lower(),
                 detail=error.detail,
             )
 
-    def _take(self, message: Incoming, work: Work) -> None:
-        request = self.intake.accept(message.topic, message.payload)
+    def _handle(self, request: Request, message: Incoming, work: Work) -> None:
         match request:
             case CheckInRequest():
+                self._admit(request.device, request.certificate.epoch)
                 self._check_in(request, work)
             case FetchRequest():
+                self._admit(request.device)
                 self.blobs.request(self.clock(), request.device, request.fetch)
             case TelemetryReport():
+                self._admit(request.device)
                 work.telemetry.append((request.device, request.telemetry))
                 self._saw(request.device, request.header.sequence, work)
             case UpdatePiece():
                 work.counts[Count.UPDATE_BYTES] += len(message.payload)
                 self._update(request, work)
+
+    def _admit(self, device: DeviceId, epoch: int | None = None) -> None:
+        """``epoch``: of the certificate it shows; None: of the one on file. Raises RemoteProtocolError."""
+        reject = barred(self.state, device, self._epoch(device) if epoch is None else epoch)
+        if reject is not None:
+            raise RemoteProtocolError(reject, f"{device} takes part in nothing")
+
+    def _epoch(self, device: DeviceId) -> int:
+        known = self._lookup(device)
+        if known is None:
+            raise LocalProtocolError(f"{device} was let in and is not on file")
+        return known.epoch
 
     def _check_in(self, request: CheckInRequest, work: Work) -> None:
         sequence = request.header.sequence
@@ -116,12 +138,13 @@ class Reception:
             certificate=request.checkin.certificate,
             sequence=sequence,
         )
-        event = core.CheckInArrived(
+        event = events.CheckInArrived(
             device=request.device,
             sequence=sequence,
             ttl_s=request.checkin.ttl_s,
             samples=request.checkin.samples,
             codecs=request.checkin.codecs,
+            epoch=request.certificate.epoch,
         )
         self.decide(event, work)
 
@@ -139,6 +162,7 @@ class Reception:
         self, about: About, verdict: Verdict, reject: Reject | None = None, samples: int = 0
     ) -> Outgoing:
         """The receipt for an update; ``samples``: what is stored of it, 0 if nothing is."""
+        self.meter.answered(verdict)
         capped = samples >= self.plan().sample_cap
         receipt = Receipt(verdict=verdict, reject=reject, update_digest=about.digest, capped=capped)
         return self.maker.receipt(about.device, about.round_id, about.manifest_digest, receipt)
@@ -168,17 +192,19 @@ class Reception:
         if samples is not None:
             counted = min(samples, self.plan().sample_cap)
             update = UpdateStored(device=device, round_id=round_id, digest=digest, samples=counted)
-            self.decide(core.UpdateArrived(update), work)
+            self.decide(events.UpdateArrived(update), work)
             work.say("update_stored", round=round_id.number, device=device, samples=counted)
 
     def _settled(self, about: About) -> tuple[Verdict | Reject | None, int]:
         """What is known of it without looking inside, and the samples of what is stored; None: nothing."""
         device, round_id, manifest_digest, digest = about
-        settled = core.screen(self.state, device, round_id, manifest_digest, digest)
+        settled = screen(self.state, device, round_id, manifest_digest, digest)
         if settled is Verdict.STORED:
             return settled, self.state.stored[device].samples
         if settled is Verdict.LATE and (row := self.ledger.find_update(round_id, device)) is not None:
             return (Verdict.STORED, row.samples) if row.digest == digest else (Reject.CONFLICTING, 0)
+        if settled in (None, Reject.NOT_SELECTED):
+            settled = barred(self.state, device, self._epoch(device)) or settled
         return settled, 0
 
     def _store(self, request: UpdatePiece, work: Work) -> int | None:
@@ -217,3 +243,13 @@ class Reception:
             )
             self._known[device] = known
         return known
+
+
+def _concerns(topic: str, request: Request | None) -> dict[str, object]:
+    """For the log: the device that the topic names, and the round of an update that was read so far."""
+    found: dict[str, object] = {}
+    with contextlib.suppress(RemoteProtocolError):
+        found["device"] = topics.sender_of(topic).device
+    if isinstance(request, UpdatePiece):
+        found["round"] = request.envelope.header.round_id.number
+    return found

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from aggregator.blob_server import BlobServer
+from aggregator.core.events import PrepareRound
 from aggregator.core.records import RoundOpened
-from aggregator.core.step import PrepareRound
 from aggregator.round_keys import RoundKeys
 from aggregator.work import Outgoing
 from edge_runtime.protocol import certificates, topics
@@ -23,7 +23,7 @@ from edge_runtime.protocol.ids import DeviceId, Digest, FederationId, RoundId, s
 from edge_runtime.protocol.kinds import Kind
 from edge_runtime.protocol.manifest import BlobRef, Cohort, Manifest
 from edge_runtime.protocol.messages import Receipt
-from edge_runtime.protocol.plan import Plan
+from edge_runtime.protocol.plan import OPTIMIZERS, Plan
 from edge_runtime.protocol.rounds import FederationState
 from edge_runtime.protocol.tensors import Vector, vector_to_bytes
 
@@ -38,6 +38,14 @@ class ArtifactChanged(
     FleetgradError, fault=Fault.OPERATOR, remedy="put the former artifact back until the open round is over"
 ):
     """The artifact of the settings is not the one that the open round trains."""
+
+
+class OptimizerMissing(
+    FleetgradError,
+    fault=Fault.OPERATOR,
+    remedy="choose another plan.optimizer, or build the artifact again with `model-export build`",
+):
+    """The artifact has no training graphs for the optimizer of the plan."""
 
 
 class ChunksTooSmall(FleetgradError, fault=Fault.OPERATOR, remedy="double [delivery] chunk_bytes"):
@@ -85,6 +93,12 @@ class RoundMaker:
     entropy: Callable[[int], bytes]
 
     def __post_init__(self) -> None:
+        known = self.artifact.manifest.optimizers
+        if OPTIMIZERS[self.plan.optimizer] not in known:
+            raise OptimizerMissing(
+                f"plan.optimizer is {self.plan.optimizer!r}, the artifact {self.artifact.manifest.name!r} has "
+                f"graphs of {', '.join(known)} only: choose one of them, or build the artifact again"
+            )
         files = {**self.artifact.files, MANIFEST_FILE: self.artifact.manifest.to_bytes()}
         self._bundle = device_bundle(files)
         largest = max(len(self._bundle), 4 * self.artifact.manifest.parameter_count)
@@ -108,6 +122,7 @@ class RoundMaker:
             dataclasses.replace(self.plan, scale_bits=bits),
             deadline=effect.deadline,
             cohort=cohort,
+            selected=len(effect.cohort),
             sealing_key=self.provider.sealing_public_key(key).raw,
         )
         self.blobs.withdraw_all_but({cohort.digest, manifest.model.digest, manifest.artifact.digest})
@@ -123,8 +138,9 @@ class RoundMaker:
 
     def offer_again(self, manifest: Manifest, cohort: Iterable[DeviceId], theta: Vector) -> None:
         """After a restart: the blobs of the open round. Raises ArtifactChanged if they are no longer to be had."""
-        self.blobs.offer(Cohort(devices=tuple(sorted(cohort))).encode())
-        self.blobs.offer(vector_to_bytes(theta))
+        devices = tuple(sorted(cohort))
+        self.blobs.offer(Cohort(devices=devices).encode())
+        self.blobs.offer(vector_to_bytes(theta), expected=len(devices))
         if self.blobs.offer(self._bundle) != manifest.artifact:
             raise ArtifactChanged(
                 f"round {manifest.round_id.number} is open and trains another artifact than the settings name: "
@@ -162,6 +178,7 @@ class RoundMaker:
         *,
         deadline: float = 0.0,
         cohort: BlobRef | None = None,
+        selected: int = 0,
         sealing_key: bytes = b"",
     ) -> Manifest:
         return Manifest(
@@ -171,7 +188,7 @@ class RoundMaker:
             base_version=version,
             deadline_unix_ms=int(deadline * 1000),
             plan=plan,
-            model=self.blobs.offer(vector_to_bytes(theta)),
+            model=self.blobs.offer(vector_to_bytes(theta), expected=selected),
             artifact=self.blobs.offer(self._bundle),
             cohort=cohort,
             sealing_key=sealing_key,

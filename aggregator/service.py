@@ -13,20 +13,24 @@ from types import TracebackType
 from aggregator.blob_server import BlobServer
 from aggregator.config import AggregatorConfig
 from aggregator.engine import Engine
+from aggregator.evaluation import Evaluator
 from aggregator.files import make_private_folder, write_atomic
 from aggregator.inbox.inbox import Inbox
 from aggregator.inbox.updates import UpdateInbox
+from aggregator.intake import max_update_bytes
 from aggregator.ledger import database
 from aggregator.ledger.ledger import Ledger, LedgerError
+from aggregator.monitoring.gauges import Gauges, read_gauges
+from aggregator.monitoring.monitor import Monitor
+from aggregator.revocations import RevocationsFile
 from aggregator.round_keys import RoundKeys
 from aggregator.round_maker import Identity, RoundMaker
 from aggregator.versions import VersionStore
-from aggregator.work import Incoming, Report
+from aggregator.work import Incoming, NoMeter, Report
 from edge_runtime.backends.artifact_folder import read_artifact_folder
 from edge_runtime.folder_lock import FolderLock
 from edge_runtime.protocol import topics
 from edge_runtime.protocol.artifact import Artifact
-from edge_runtime.protocol.codecs import codec_named
 from edge_runtime.protocol.crypto.keys import SealingPrivateKey, SigningKey, VerifyKey
 from edge_runtime.protocol.crypto.provider import CRYPTO
 from edge_runtime.settings import read_hex_file, read_key_file
@@ -57,7 +61,8 @@ def open_ledger(config: AggregatorConfig, *, read_only: bool = False) -> Ledger:
 
 def open_versions(config: AggregatorConfig) -> VersionStore:
     """The version files of an aggregator's folder. Raises what ``read_artifact_folder`` raises."""
-    return VersionStore(config.folder / "versions", read_artifact_folder(config.artifact))
+    artifact = read_artifact_folder(config.artifact)
+    return VersionStore(config.folder / "versions", artifact, keep=config.versions.keep)
 
 
 def mqtt_transport(config: AggregatorConfig, client: str) -> MqttTransport:
@@ -76,6 +81,8 @@ class Service:
     report: Report
     transport: Transport | None = None
     take_over: bool = False
+    monitor: Monitor | None = None
+    connected: bool = field(default=False, init=False)
     engine: Engine = field(init=False)
     _open: ExitStack = field(default_factory=ExitStack, init=False)
 
@@ -96,7 +103,7 @@ class Service:
         self._open.close()
 
     def run(self, *, should_stop: Callable[[], bool], until_finished: bool = False) -> None:
-        """Serve until ``should_stop``, or until all rounds are done.
+        """Serve until ``should_stop``, until a drain is done, or until all rounds are done and evaluated.
 
         Raises BrokerUnreachable, PayloadTooLarge, FencedError (another aggregator took over), CertificateError.
         """
@@ -106,12 +113,13 @@ class Service:
         finished_at: float | None = None
         try:
             engine.start()
-            while not should_stop():
-                if engine.finished and until_finished:
+            while not should_stop() and not engine.drained:
+                if engine.finished and until_finished and not engine.evaluating:
                     finished_at = finished_at or time.monotonic()
                     if time.monotonic() - finished_at > LINGER_S:
                         return
                 self._turn(transport, engine)
+            self._say_what_is_left(transport, engine)
         finally:
             transport.close()
 
@@ -127,6 +135,11 @@ class Service:
         self._publish(transport, engine)
         for event in received:
             transport.ack(event)
+        if self.monitor is not None:
+            self.monitor.turned(lambda: self._gauges(transport, engine))
+
+    def _gauges(self, transport: Transport, engine: Engine) -> Gauges:
+        return read_gauges(engine, transport.counters, connected=self.connected, now=engine.clock())
 
     def _gather(self, transport: Transport, engine: Engine) -> list[Received]:
         wake_at = engine.next_wake()
@@ -142,11 +155,13 @@ class Service:
                     received.append(event)
                     until = until or time.monotonic() + BATCH_S
                 case Connected():
+                    self.connected = True
                     check_chunks_fit(self.config.delivery.chunk_bytes, event.max_packet_bytes)
                     self.report("connected", session_present=event.session_present)
                     engine.announce()
                     break
                 case Disconnected():
+                    self.connected = False
                     self.report("disconnected", reason=event.reason)
             patience = max((until or 0.0) - time.monotonic(), 0.0)
         return received
@@ -163,6 +178,13 @@ class Service:
                 engine.outgoing.clear()
                 return
             engine.outgoing.popleft()
+
+    def _say_what_is_left(self, transport: Transport, engine: Engine) -> None:
+        """Receipts of what is committed save devices a resend; those that do not leave are asked for again."""
+        until = time.monotonic() + LINGER_S
+        while engine.outgoing and time.monotonic() < until:
+            transport.flush(0.1)
+            self._publish(transport, engine)
 
     def _transport(self) -> Transport:
         if self.transport is None:
@@ -181,6 +203,9 @@ class Service:
             generation=config.generation,
         )
         stack.callback(_release, ledger)
+        if self.monitor is not None:
+            self.monitor.watch(ledger)
+            stack.callback(self.monitor.unwatch)
         inbox = stack.enter_context(closing(Inbox(config.folder / "inbox", durable=ledger.durable_ends())))
         plan = config.round_plan()
         keys = RoundKeys(config.folder / "round-keys", CRYPTO, os.urandom)
@@ -190,18 +215,25 @@ class Service:
             gather_s=config.delivery.gather_s,
             bytes_per_s=config.delivery.bytes_per_s,
         )
-        count = artifact.manifest.parameter_count
-        largest = max(codec_named(name).max_bytes(count) for name in plan.codecs)
+        versions = VersionStore(config.folder / "versions", artifact, keep=config.versions.keep)
+        evaluator = None
+        if config.evaluation.data is not None:
+            evaluator = stack.enter_context(
+                closing(Evaluator(config.evaluation, artifact, versions.read_parameters))
+            )
         return Engine(
             federation=config.federation_id,
             rules=config.round,
             run_seed=self._run_seed(),
             ledger=ledger,
             updates=UpdateInbox(
-                federation=config.federation_id, provider=CRYPTO, inbox=inbox, max_bytes=largest + 1024
+                federation=config.federation_id,
+                provider=CRYPTO,
+                inbox=inbox,
+                max_bytes=max_update_bytes(plan, artifact.manifest.parameter_count),
             ),
             keys=keys,
-            versions=VersionStore(config.folder / "versions", artifact),
+            versions=versions,
             maker=RoundMaker(
                 identity=self._identity(),
                 provider=CRYPTO,
@@ -215,6 +247,9 @@ class Service:
             clock=time.time,
             report=self.report,
             keep_updates=config.keep_updates,
+            evaluator=evaluator,
+            revocations=self._revocations(),
+            meter=self.monitor or NoMeter(),
         )
 
     def _identity(self) -> Identity:
@@ -227,6 +262,10 @@ class Service:
             certificate=read_hex_file(config.certificate_file),
             root=VerifyKey(config.root_key_bytes),
         )
+
+    def _revocations(self) -> RevocationsFile | None:
+        path, root = self.config.revocations_file, VerifyKey(self.config.root_key_bytes)
+        return None if path is None else RevocationsFile(path, CRYPTO, root, self.config.federation_id)
 
     def _run_seed(self) -> bytes:
         config = self.config

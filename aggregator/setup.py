@@ -6,6 +6,7 @@ the folder and begin again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,16 +14,26 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from aggregator import registrar
-from aggregator.config import AggregatorConfig, DeliveryConfig
-from aggregator.core.step import RoundRules
+from aggregator.config import (
+    DeliveryConfig,
+    EvaluationConfig,
+    MonitoringConfig,
+    VersionsConfig,
+    aggregator_config,
+)
+from aggregator.core.round_rules import RoundRules
 from aggregator.files import make_private_folder, write_atomic
+from aggregator.plan_presets import DEFAULT, PRESETS, with_preset
+from aggregator.registrar.folder import REVOCATIONS
 from edge_runtime.backends.artifact_folder import read_artifact_folder
 from edge_runtime.protocol.crypto.provider import CRYPTO
 from edge_runtime.protocol.errors import FleetgradError
-from edge_runtime.protocol.plan import Plan
-from edge_runtime.settings import structure
+from edge_runtime.protocol.plan import OPTIMIZERS
+from edge_runtime.protocol.schedules import SHAPES, Schedule
+from edge_runtime.settings import BadSetting
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,6 +55,8 @@ COMMENTS: dict[str, dict[str, str]] = {
         "sealing_key_file": "Opens check-ins and telemetry. Secret.",
         "generation": "Raise by one, with a new certificate, after restoring the ledger from a backup.",
         "run_seed_file": "64 hex digits that fix the selection (default: made once, kept secret in the folder).",
+        "revocations_file": "The root's list of revoked devices, by `aggregator registrar revoke`; read for each "
+        "manifest. No file: nobody is revoked yet.",
         "keep_updates": "Keep the sealed updates of closed rounds. Nobody can open them: the round's key is gone.",
     },
     "broker": {
@@ -67,21 +80,52 @@ COMMENTS: dict[str, dict[str, str]] = {
         "retry_s": "Seconds between two looks while waiting.",
     },
     "plan": {
+        "preset": f"One of {', '.join(PRESETS)}. Lines commented out show what follows from it; set any to differ.",
         "epochs": "Passes of a device over its data in a round; or set steps and epochs = 0.",
         "steps": "Optimiser steps of a device in a round; 0: use epochs.",
         "batch_size": "Samples in an optimiser step.",
-        "learning_rate": "Of SGD on the device.",
-        "momentum": "Of SGD on the device; starts at zero in every round.",
+        "optimizer": f"One of {', '.join(OPTIMIZERS)}; its state is zero when a round begins.",
+        "learning_rate": "Of the optimizer on the device, before [plan.schedule].",
+        "momentum": "Of sgd.",
+        "nesterov": "Nesterov's momentum, of sgd.",
+        "weight_decay": "sgd, adam: added to the gradient (L2); adamw: decoupled.",
+        "adam_beta1": "Of adam and adamw: decay of the mean of gradients.",
+        "adam_beta2": "Of adam and adamw: decay of the mean of their squares.",
+        "adam_epsilon": "Of adam and adamw: added to the denominator.",
         "max_grad_norm": "Clip each gradient to this L2 norm; 0: never.",
         "beta": "An update weighs (samples / sample_cap)^(1 + beta); 0 is FedAvg, -1 counts devices alike.",
         "sample_cap": "More samples than this count as this many.",
         "max_abs_delta": "An update with a larger coordinate is refused.",
         "codecs": "How updates may travel, best first.",
     },
+    "plan.schedule": {
+        "shape": f"What the learning rate is multiplied by, by the versions made so far: {', '.join(SHAPES)}.",
+        "factor": "step: factor^(version // every); cosine: the share that is left at the end.",
+        "every": "step: versions between two reductions.",
+        "after": "step: none up to this version.",
+        "rounds": "cosine: the version where it ends.",
+        "warmup_rounds": "Versions over which the rate rises to full in equal steps, with any shape; 0: none.",
+    },
     "delivery": {
         "chunk_bytes": "Packet size of models and updates; the broker must allow 512 bytes more.",
-        "gather_s": "Seconds a model waits for other devices to ask before it is sent to all of them at once.",
-        "bytes_per_s": "Pace of all that is sent to devices.",
+        "gather_s": "A model is sent to all who asked once nobody else has asked for so many seconds.",
+        "bytes_per_s": "Pace of what the broker sends on to devices, all together: what its network carries "
+        "and its devices read. Above that the broker fills its memory. One gigabit link: 110e6.",
+    },
+    "versions": {
+        "keep": "How many of the newest versions stay on disk, to export or roll back to; 0: all.",
+    },
+    "evaluation": {
+        "data": "Held-out samples (.npz): each version is evaluated on them, beside the rounds.",
+        "inputs": "The arrays that are the model's inputs, in its order.",
+        "target": "The array that the loss compares with.",
+        "every": "Evaluate every so many versions.",
+        "threads": "CPU threads of an evaluation.",
+    },
+    "monitoring": {
+        "listen": "host:port of /metrics, /healthz and /readyz; empty: off. Plain HTTP without login: "
+        "127.0.0.1:9464, or behind a proxy.",
+        "stalled_s": "/healthz fails when the loop has not turned for so many seconds; a round's sum is one turn.",
     },
 }
 
@@ -130,21 +174,24 @@ def _fill(
     public = (CRYPTO.verify_key(signing).raw, CRYPTO.sealing_public_key(sealing).raw)
     write_certificate(keys / "certificate", authority.certify_aggregator(*public, 1, 0, LAST_ROUND))
     authority.close()
-    text = settings_text(
-        {
-            "federation": _toml(federation),
-            "folder": _toml("state"),
-            "artifact": _toml(str(artifact.resolve())),
-            "root_key": _toml(authority.root.raw.hex()),
-            "certificate_file": _toml("keys/certificate"),
-            "signing_key_file": _toml("keys/signing.key"),
-            "sealing_key_file": _toml("keys/sealing.key"),
-            "broker.url": _toml(broker_url),
-        },
-        chosen,
-    )
+    required = {
+        "federation": _toml(federation),
+        "folder": _toml("state"),
+        "artifact": _toml(str(artifact.resolve())),
+        "root_key": _toml(authority.root.raw.hex()),
+        "certificate_file": _toml("keys/certificate"),
+        "signing_key_file": _toml("keys/signing.key"),
+        "sealing_key_file": _toml("keys/sealing.key"),
+        "revocations_file": _toml(f"registrar/{REVOCATIONS}"),
+        "broker.url": _toml(broker_url),
+    }
     path = folder / CONFIG_FILE
-    structure(tomllib.loads(text), AggregatorConfig, path)
+    text = settings_text(required, chosen)
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise FleetgradError(f"the settings of --set make no TOML file together: {error}") from error
+    aggregator_config(document, path)
     write_atomic(path, text.encode())
     return path
 
@@ -155,18 +202,24 @@ def settings_text(required: dict[str, str], chosen: Sequence[tuple[str, str, str
         "generation": "1",
         "keep_updates": "false",
         **_defaults("round", RoundRules()),
-        **_defaults("plan", Plan()),
+        "plan.preset": _toml(DEFAULT),
         **_defaults("delivery", DeliveryConfig()),
+        **_defaults("versions", VersionsConfig()),
+        **_defaults("evaluation", EvaluationConfig()),
+        **_defaults("monitoring", MonitoringConfig()),
         **required,
         **{f"{section}.{key}" if section else key: value for section, key, value in chosen},
     }
+    implied = _implied_by_preset(chosen)
     lines = ["# Settings of one aggregator. Unknown keys are refused, so a typo is never silent."]
     for section, comments in COMMENTS.items():
         if section:
             lines += ["", f"[{section}]"]
         for key, comment in comments.items():
-            value = values.pop(f"{section}.{key}" if section else key, None)
-            lines += [f"# {comment}", f'# {key} = "..."' if value is None else f"{key} = {value}"]
+            name = f"{section}.{key}" if section else key
+            value = values.pop(name, None)
+            unset = f"# {key} = {implied.get(name, _toml('...'))}"
+            lines += [f"# {comment}", unset if value is None else f"{key} = {value}"]
         for name in [name for name in values if name.rpartition(".")[0] == section]:
             lines.append(f"{name.rpartition('.')[2]} = {values.pop(name)}")
     for name, value in values.items():
@@ -175,18 +228,38 @@ def settings_text(required: dict[str, str], chosen: Sequence[tuple[str, str, str
     return "\n".join(lines) + "\n"
 
 
-def _defaults(section: str, config: RoundRules | Plan | DeliveryConfig) -> dict[str, str]:
+Section = RoundRules | DeliveryConfig | VersionsConfig | EvaluationConfig | MonitoringConfig
+
+
+def _defaults(section: str, config: Section) -> dict[str, str]:
     return {
-        f"{section}.{f.name}": _toml(getattr(config, f.name))
+        f"{section}.{f.name}": _toml(value)
         for f in dataclasses.fields(config)
-        if f.name in COMMENTS[section]
+        if f.name in COMMENTS[section] and (value := getattr(config, f.name)) is not None
     }
+
+
+def _implied_by_preset(chosen: Sequence[tuple[str, str, str]]) -> dict[str, str]:
+    """What [plan] and [plan.schedule] hold without being set, in TOML spelling; nothing for an unknown preset."""
+    plan: dict[str, Any] = {}
+    for section, key, value in chosen:
+        if section == "plan":
+            plan[key] = tomllib.loads(f"x = {value}")["x"]
+        elif section == "plan.schedule":
+            plan.setdefault("schedule", {})[key] = tomllib.loads(f"x = {value}")["x"]
+    with contextlib.suppress(BadSetting):
+        plan = with_preset(plan)
+        schedule = {**dataclasses.asdict(Schedule()), **plan.pop("schedule")}
+        return {f"plan.{key}": _toml(value) for key, value in plan.items()} | {
+            f"plan.schedule.{key}": _toml(value) for key, value in schedule.items()
+        }
+    return {}
 
 
 def _setting(text: str) -> tuple[str, str, str]:
     name, equals, value = text.partition("=")
     section, _, key = name.strip().rpartition(".")
-    if not equals or not key.isidentifier() or (section and not section.isidentifier()):
+    if not equals or not all(word.isidentifier() for word in name.strip().split(".")):
         raise FleetgradError(f"--set takes section.key=value, not {text[:80]!r}")
     value = value.strip()
     try:
@@ -202,7 +275,7 @@ def _toml(value: object) -> str:
             return "true" if value else "false"
         case str():  # a JSON string is a TOML string, but for DEL
             return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-        case tuple():
+        case tuple() | list():
             return "[" + ", ".join(_toml(item) for item in value) + "]"
         case _:
             return str(value)

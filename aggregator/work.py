@@ -5,16 +5,38 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from aggregator.core import step as core
+from aggregator.core.events import Effect
 from aggregator.core.records import Record
-from aggregator.ledger.values import Batch, Count, DeviceSeen, Piece
+from aggregator.ledger.values import Batch, Count, DeviceSeen, Evaluated, OrderSettled, Piece
 from edge_runtime.protocol.ids import DeviceId, RoundId
 from edge_runtime.protocol.messages import Telemetry
 from edge_runtime.protocol.rejects import Reject
+from edge_runtime.protocol.rounds import Verdict
 
 Report = Callable[..., None]
 """``report(event, **fields)``: what happens, for the log and the terminal."""
+
+
+class Meter(Protocol):
+    """What is measured where it happens. Must return at once and never raise."""
+
+    def committed(self, seconds: float) -> None:
+        """A commit took so long."""
+
+    def answered(self, verdict: Verdict) -> None:
+        """A receipt was made."""
+
+
+class NoMeter:
+    """For an engine that nobody measures."""
+
+    def committed(self, seconds: float) -> None:
+        """Nothing."""
+
+    def answered(self, verdict: Verdict) -> None:
+        """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +66,9 @@ class Work:
     telemetry: list[tuple[DeviceId, Telemetry]] = field(default_factory=list)
     counts: Counter[Reject | Count] = field(default_factory=Counter)
     forget: list[RoundId] = field(default_factory=list)
-    effects: deque[core.Effect] = field(default_factory=deque)
+    orders: list[OrderSettled] = field(default_factory=list)
+    evaluations: list[Evaluated] = field(default_factory=list)
+    effects: deque[Effect] = field(default_factory=deque)
     outgoing: list[Outgoing] = field(default_factory=list)
     reports: list[tuple[str, dict[str, object]]] = field(default_factory=list)
 
@@ -61,4 +85,6 @@ class Work:
             telemetry=tuple(self.telemetry),
             counts=dict(self.counts),
             forget_pieces=tuple(self.forget),
+            orders=tuple(self.orders),
+            evaluations=tuple(self.evaluations),
         )

@@ -10,13 +10,17 @@ from edge_runtime.protocol.rejects import Reject
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedIn:
-    """A device's ticket for one selection. ``expires_at``: seconds of the aggregator's clock."""
+    """A device's ticket for one selection. ``expires_at``: seconds of the aggregator's clock.
+
+    ``epoch``: of the certificate it showed.
+    """
 
     device: DeviceId
     sequence: int
     expires_at: float
     samples: int
     codecs: tuple[str, ...]
+    epoch: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,10 @@ class UpdateStored:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundFrozen:
-    """The accepted set, sorted: the next version is a function of it alone."""
+    """The accepted set, sorted: the next version is a function of it alone.
+
+    A stored update is left out only if its device was evicted meanwhile.
+    """
 
     round_id: RoundId
     accepted: tuple[DeviceId, ...]
@@ -51,7 +58,8 @@ class RoundFrozen:
 
 @dataclass(frozen=True, kw_only=True)
 class VersionCommitted:
-    """The model moved. ``excluded``: accepted updates that could not be read back, with the reason."""
+    """The model moved. ``excluded``: stored updates that are not in it, with the reason, by device: evicted before
+    the freeze, or accepted and not to be read back."""
 
     round_id: RoundId
     version: int
@@ -76,6 +84,80 @@ class RoundAborted:
     at: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class VersionRestored:
+    """``version`` has the parameters of the earlier version ``of``; no round made it."""
+
+    version: int
+    of: int
+    model_digest: Digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paused:
+    """No round opens until ``Resumed``."""
+
+    at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrainBegun:
+    """No round opens; once none is open the aggregator exits. A restart goes on with it."""
+
+    at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drained:
+    """The aggregator exits now; the next start opens rounds again, unless it is paused."""
+
+    at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """Rounds may open again: the end of a pause, and of a drain that is not done."""
+
+    at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evicted:
+    """The device takes part in nothing from now on; its ticket is gone."""
+
+    device: DeviceId
+    at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readmitted:
+    """The end of an eviction."""
+
+    device: DeviceId
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevocationsTaken:
+    """The root's list ``number``, which replaces the last: each device's certificates up to this epoch are void."""
+
+    number: int
+    revoked: tuple[tuple[DeviceId, int], ...]
+
+
 Record = (
-    CheckedIn | RoundOpened | UpdateStored | RoundFrozen | VersionCommitted | RoundPublished | RoundAborted
+    CheckedIn
+    | RoundOpened
+    | UpdateStored
+    | RoundFrozen
+    | VersionCommitted
+    | RoundPublished
+    | RoundAborted
+    | VersionRestored
+    | Paused
+    | DrainBegun
+    | Drained
+    | Resumed
+    | Evicted
+    | Readmitted
+    | RevocationsTaken
 )

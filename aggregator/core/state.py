@@ -7,13 +7,21 @@ from dataclasses import dataclass, field
 
 from aggregator.core.records import (
     CheckedIn,
+    DrainBegun,
+    Drained,
+    Evicted,
+    Paused,
+    Readmitted,
     Record,
+    Resumed,
+    RevocationsTaken,
     RoundAborted,
     RoundFrozen,
     RoundOpened,
     RoundPublished,
     UpdateStored,
     VersionCommitted,
+    VersionRestored,
 )
 from edge_runtime.protocol.errors import LocalProtocolError
 from edge_runtime.protocol.ids import DeviceId, Digest, RoundId
@@ -39,6 +47,8 @@ class State:
     """``round`` is None before the first. ``tickets``: check-ins not yet used, by device.
 
     ``idle_since``: when the last round ended, in the aggregator's seconds; None before the first.
+    ``restored_from``: the version that the newest one repeats, until a round opens on it.
+    ``revoked``: by device, the last epoch of the certificates that are void; ``revocations``: the list's number.
     """
 
     generation: int = 1
@@ -47,10 +57,26 @@ class State:
     stored: dict[DeviceId, UpdateStored] = field(default_factory=dict)
     tickets: dict[DeviceId, CheckedIn] = field(default_factory=dict)
     idle_since: float | None = None
+    restored_from: int | None = None
+    paused: bool = False
+    draining: bool = False
+    evicted: set[DeviceId] = field(default_factory=set)
+    revocations: int = 0
+    revoked: dict[DeviceId, int] = field(default_factory=dict)
 
     @property
     def phase(self) -> Phase | None:
         return self.round.phase if self.round else None
+
+    @property
+    def at_rest(self) -> bool:
+        """No round is open."""
+        return self.round is None or not MOVES[self.round.phase]
+
+    @property
+    def counted(self) -> frozenset[DeviceId]:
+        """Whose stored updates the open round would aggregate now: all but those of evicted devices."""
+        return frozenset(self.stored.keys() - self.evicted)
 
 
 def fold(state: State, records: Iterable[Record]) -> State:
@@ -75,6 +101,7 @@ def apply(state: State, record: Record) -> None:
             for device in record.cohort:
                 state.tickets.pop(device, None)
             state.stored = {}
+            state.restored_from = None
             state.generation = record.round_id.generation
             state.round = Round(
                 round_id=record.round_id,
@@ -93,6 +120,8 @@ def apply(state: State, record: Record) -> None:
                 )
             state.stored[record.device] = record
         case RoundFrozen():
+            if not set(record.accepted) <= state.counted:
+                raise LocalProtocolError(f"round {record.round_id} accepts updates that do not count")
             _move(state, record.round_id, Phase.FROZEN, accepted=record.accepted)
         case VersionCommitted():
             if record.version != state.version + 1:
@@ -105,6 +134,34 @@ def apply(state: State, record: Record) -> None:
         case RoundAborted():
             _move(state, record.round_id, Phase.ABORTED)
             state.idle_since = record.at
+        case VersionRestored():
+            if not state.at_rest or record.version != state.version + 1 or not 0 <= record.of < state.version:
+                raise LocalProtocolError(f"version {record.version} cannot be version {record.of} again")
+            state.version = record.version
+            state.restored_from = record.of
+        case Paused():
+            state.paused = True
+        case DrainBegun():
+            state.draining = True
+        case Drained():
+            state.draining = False
+        case Resumed():
+            state.paused = state.draining = False
+        case Evicted():
+            state.evicted.add(record.device)
+            state.tickets.pop(record.device, None)
+        case Readmitted():
+            state.evicted.discard(record.device)
+        case RevocationsTaken():
+            if not state.at_rest or record.number <= state.revocations:
+                raise LocalProtocolError(
+                    f"list {record.number} of revocations is not after {state.revocations}"
+                )
+            state.revocations = record.number
+            state.revoked = dict(record.revoked)
+            for device, epoch in record.revoked:
+                if (ticket := state.tickets.get(device)) is not None and ticket.epoch <= epoch:
+                    del state.tickets[device]
 
 
 def _current(state: State, round_id: RoundId) -> Round:

@@ -80,15 +80,22 @@ def create_or_check(connection: Connection, federation: FederationId, *, create:
             raise LedgerError("the database holds no ledger yet: `aggregator serve` makes it")
         tables.metadata.create_all(connection)
         connection.execute(insert(tables.meta), {"id": 1, "federation": federation, "schema": tables.SCHEMA})
+        standing = {"id": 1, "paused": False, "draining": False, "revocations": 0}
+        connection.execute(insert(tables.standing), standing)
         connection.execute(
             insert(tables.epoch), {"id": 1, "epoch": 0, "holder": "", "generation": 1, "seen_at": now}
         )
         return
-    schema = connection.scalar(select(tables.meta.c.schema))
-    if schema != tables.SCHEMA:
+    schema = connection.scalar(select(tables.meta.c.schema)) or 0
+    if schema > tables.SCHEMA:
         raise LedgerError(
             f"the ledger has schema {schema}, this release knows {tables.SCHEMA}: "
             "use the release of fleetgrad that wrote it, or a newer one"
+        )
+    if schema < tables.SCHEMA:
+        raise LedgerError(
+            f"the ledger has schema {schema}, this release needs {tables.SCHEMA} and cannot convert it: finish "
+            "with the release of fleetgrad that wrote it, or start a new folder with `aggregator init`"
         )
     found = connection.scalar(select(tables.meta.c.federation))
     if found != federation:

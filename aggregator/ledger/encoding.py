@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import cattrs
@@ -11,13 +12,21 @@ from cattrs.converters import Converter
 
 from aggregator.core.records import (
     CheckedIn,
+    DrainBegun,
+    Drained,
+    Evicted,
+    Paused,
+    Readmitted,
     Record,
+    Resumed,
+    RevocationsTaken,
     RoundAborted,
     RoundFrozen,
     RoundOpened,
     RoundPublished,
     UpdateStored,
     VersionCommitted,
+    VersionRestored,
 )
 from aggregator.ledger.errors import LedgerError
 from edge_runtime.protocol.ids import RoundId
@@ -33,6 +42,14 @@ KINDS: dict[str, type[Any]] = {
     "version-committed": VersionCommitted,
     "round-published": RoundPublished,
     "round-aborted": RoundAborted,
+    "version-restored": VersionRestored,
+    "paused": Paused,
+    "drain-begun": DrainBegun,
+    "drained": Drained,
+    "resumed": Resumed,
+    "evicted": Evicted,
+    "readmitted": Readmitted,
+    "revocations-taken": RevocationsTaken,
 }
 KIND_NAMES = {kind: name for name, kind in KINDS.items()}
 _REJECTS = {reject.code: reject for reject in Reject}
@@ -74,6 +91,16 @@ def decode_names(text: str) -> tuple[str, ...]:
     """Raises LedgerError."""
     names: tuple[str, ...] = _load("names", text, tuple[str, ...])
     return names
+
+
+def encode_metrics(metrics: Mapping[str, float | None]) -> str:
+    return _dump(dict(metrics))
+
+
+def decode_metrics(text: str) -> dict[str, float | None]:
+    """Raises LedgerError."""
+    metrics: dict[str, float | None] = _load("metrics", text, dict[str, float | None])
+    return metrics
 
 
 def _dump(document: object) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from sqlalchemy import Connection, func, select
 
-from aggregator.core.records import UpdateStored
+from aggregator.core.records import UpdateStored, VersionCommitted, VersionRestored
 from aggregator.core.state import State, fold
+from aggregator.core.step import barred
 from aggregator.ledger import queries, recovery, tables
 from aggregator.ledger.ledger import Ledger
 from aggregator.ledger.values import RoundRow, UpdateRow, VersionRow
@@ -52,9 +53,13 @@ def _state_is_the_fold(connection: Connection) -> Iterator[str]:
     folded.generation = recovered.generation
     if folded.round is not None:
         # Check-ins from before the last round are pruned: of those tickets only this much can be known, that
-        # none is of a device in its cohort.
+        # none is of a device in its cohort, or of one that may not take part.
         folded.tickets = {
-            **{d: t for d, t in recovered.tickets.items() if d not in folded.round.cohort},
+            **{
+                d: t
+                for d, t in recovered.tickets.items()
+                if d not in folded.round.cohort and barred(folded, d, t.epoch) is None
+            },
             **folded.tickets,
         }
     if recovered != folded:
@@ -66,8 +71,19 @@ def _versions_follow_one_another(connection: Connection) -> Iterator[str]:
     rounds = {row.round_id: row for row in queries.rounds(connection, _ALL)}
     if [row.version for row in versions] != list(range(1, len(versions) + 1)):
         yield f"versions have a gap: {[row.version for row in versions]}"
+    digests = {version.version: version.model_digest for version in versions}
     for version in versions:
-        yield from _check_version(version, rounds[version.round_id])
+        if version.round_id is not None:
+            yield from _check_version(version, rounds[version.round_id])
+        elif version.restored_from and digests.get(version.restored_from) != version.model_digest:
+            yield f"version {version.version} does not have the parameters of version {version.restored_from}"
+    journalled = {
+        record.version: record.model_digest
+        for record in recovery.read_journal(connection, check_ins=False)
+        if isinstance(record, VersionCommitted | VersionRestored)
+    }
+    if digests != journalled:
+        yield "the versions are not those of the journal"
     with_version = {version.round_id for version in versions}
     for round_id, row in rounds.items():
         if (row.phase in (Phase.AGGREGATED, Phase.PUBLISHED)) != (round_id in with_version):
@@ -93,7 +109,7 @@ def _every_update_has_its_outcome(connection: Connection) -> Iterator[str]:
             yield f"round {row.round_id} accepted {row.accepted} of {len(updates)} stored updates"
     journalled = [
         (record.round_id, record.device)
-        for record in recovery.read_journal(connection, rounds_only=True)
+        for record in recovery.read_journal(connection, check_ins=False)
         if isinstance(record, UpdateStored)
     ]
     if len(journalled) != len(set(journalled)) or len(journalled) != sum(row.stored for row in rounds):

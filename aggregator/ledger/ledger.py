@@ -6,19 +6,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from sqlalchemy import Connection, Engine, select, update
+from sqlalchemy import Connection, Engine, insert, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from aggregator.core.records import Record
 from aggregator.core.state import State
 from aggregator.inbox.segments import Position
-from aggregator.ledger import database, projections, queries, recovery, tables
+from aggregator.ledger import database, projections, queries, recovery, rows, tables
 from aggregator.ledger.errors import FencedError, LedgerError, LedgerInUseError
 from aggregator.ledger.values import (
     Batch,
     DeviceRow,
+    EvaluationRow,
+    OrderKind,
+    OrderRow,
     Piece,
+    Presence,
     RoundRow,
+    Standing,
     TelemetryRow,
     Totals,
     UpdateRow,
@@ -53,7 +58,7 @@ class Ledger:
         """The ledger at a SQLAlchemy URL (``database.sqlite_url`` makes one of a path), created if it is not there.
 
         ``read_only``: for looking while an aggregator serves; neither creates nor claims.
-        Raises LedgerError for a database that is no ledger, of another federation, or of a newer release.
+        Raises LedgerError for a database that is no ledger, of another federation, or of another release's schema.
         """
         ledger = cls(url, database.connect(url, read_only=read_only), clock, read_only=read_only)
         try:
@@ -121,9 +126,18 @@ class Ledger:
                 epoch = self._fence(connection)
                 now = self._clock()
                 projections.append_records(connection, epoch, now, batch.records)
-                projections.write_rows(connection, now, batch)
+                rows.write_rows(connection, now, batch)
         except IntegrityError as error:
             raise LocalProtocolError(f"a batch contradicts the ledger: {error.orig}") from None
+
+    def give_order(self, kind: OrderKind, argument: str, by: str) -> int:
+        """Durable when this returns; the aggregator that has the claim settles it. Needs no claim. Gives its id."""
+        order = {"at": self._clock(), "kind": kind.value, "argument": argument, "by": by}
+        with self._writing() as connection:
+            number: int = connection.execute(
+                insert(tables.orders).returning(tables.orders.c.id), order
+            ).scalar_one()
+        return number
 
     def _fence(self, connection: Connection) -> int:
         if self._epoch is None:
@@ -149,6 +163,39 @@ class Ledger:
         since the last one opened; earlier check-ins are pruned, the tickets they left are in ``load_state``."""
         with self._reading() as connection:
             yield from recovery.read_journal(connection)
+
+    def is_claimed(self) -> bool:
+        """An aggregator serves it, or died without giving it up."""
+        with self._reading() as connection:
+            return connection.scalar(select(tables.epoch.c.holder)) != ""
+
+    def standing(self) -> Standing:
+        """Paused, draining, evicted and revoked: what a fold over all records gives."""
+        with self._reading() as connection:
+            return queries.standing(connection)
+
+    def order(self, number: int) -> OrderRow | None:
+        with self._reading() as connection:
+            return queries.order(connection, number)
+
+    def orders(self, limit: int) -> list[OrderRow]:
+        """The last ``limit``, newest first."""
+        with self._reading() as connection:
+            return queries.orders(connection, limit=limit)
+
+    def waiting_orders(self) -> list[OrderRow]:
+        """Those not settled yet, oldest first."""
+        with self._reading() as connection:
+            return queries.orders(connection, waiting=True)
+
+    def evaluations(self) -> list[EvaluationRow]:
+        """By version; version 0 is the artifact's."""
+        with self._reading() as connection:
+            return queries.evaluations(connection)
+
+    def evaluation(self, version: int) -> EvaluationRow | None:
+        with self._reading() as connection:
+            return next(iter(queries.evaluations(connection, version)), None)
 
     def find_update(self, round_id: RoundId, device: DeviceId) -> UpdateRow | None:
         """The stored update of a device for a round, of any round ever."""
@@ -187,6 +234,16 @@ class Ledger:
     def totals(self) -> Totals:
         with self._reading() as connection:
             return queries.totals(connection)
+
+    def presence(self, now: float) -> Presence:
+        """How many devices are known and how many are present at ``now``, in the aggregator's seconds."""
+        with self._reading() as connection:
+            return queries.presence(connection, now)
+
+    def is_ours(self) -> bool:
+        """Claimed by this object, and by nobody since."""
+        with self._reading() as connection:
+            return self._epoch is not None and queries.epoch(connection) == self._epoch
 
     def telemetry(self) -> list[TelemetryRow]:
         """By device."""

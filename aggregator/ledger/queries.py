@@ -8,12 +8,17 @@ from sqlalchemy import Connection, Row, and_, func, or_, select, true
 
 from aggregator.inbox.segments import Position
 from aggregator.ledger import encoding, tables
-from aggregator.ledger.projections import PRUNED, counter_name
+from aggregator.ledger.errors import LedgerError
+from aggregator.ledger.rows import PRUNED, counter_name
 from aggregator.ledger.values import (
     Count,
     DeviceRow,
+    EvaluationRow,
+    OrderRow,
     Piece,
+    Presence,
     RoundRow,
+    Standing,
     TelemetryRow,
     Totals,
     UpdateRow,
@@ -87,11 +92,65 @@ def versions(connection: Connection, version: int | None = None) -> list[Version
     return [
         VersionRow(
             version=row.version,
-            round_id=RoundId(row.generation, row.round),
+            round_id=None if row.round is None else RoundId(row.generation, row.round),
             model_digest=row.model_digest,
+            restored_from=row.restored_from,
         )
         for row in connection.execute(wanted)
     ]
+
+
+def standing(connection: Connection) -> Standing:
+    """Raises LedgerError if its row is lost."""
+    row = connection.execute(select(tables.standing)).one_or_none()
+    if row is None:
+        raise LedgerError("the ledger has lost its standing row: restore it from a backup")
+    excluded = connection.execute(select(tables.exclusions).order_by(tables.exclusions.c.device)).all()
+    return Standing(
+        paused=row.paused,
+        draining=row.draining,
+        evicted={each.device: each.evicted_at for each in excluded if each.evicted_at is not None},
+        revocations=row.revocations,
+        revoked={each.device: each.revoked_epoch for each in excluded if each.revoked_epoch is not None},
+    )
+
+
+def orders(connection: Connection, *, waiting: bool = False, limit: int | None = None) -> list[OrderRow]:
+    """All, newest first; or those that wait, oldest first."""
+    table = tables.orders
+    wanted = select(table).order_by(table.c.id if waiting else table.c.id.desc()).limit(limit)
+    if waiting:
+        wanted = wanted.where(table.c.settled_at.is_(None))
+    return [OrderRow(**row._mapping) for row in connection.execute(wanted)]
+
+
+def order(connection: Connection, number: int) -> OrderRow | None:
+    row = connection.execute(select(tables.orders).where(tables.orders.c.id == number)).one_or_none()
+    return OrderRow(**row._mapping) if row else None
+
+
+def evaluations(connection: Connection, version: int | None = None) -> list[EvaluationRow]:
+    table = tables.evaluations
+    wanted = select(table).order_by(table.c.version)
+    if version is not None:
+        wanted = wanted.where(table.c.version == version)
+    return [
+        EvaluationRow(**{**row._mapping, "metrics": encoding.decode_metrics(row.metrics)})
+        for row in connection.execute(wanted)
+    ]
+
+
+def presence(connection: Connection, now: float) -> Presence:
+    """How many devices there are. ``now``: seconds of the aggregator's clock."""
+    known = connection.scalar(select(func.count()).select_from(tables.devices))
+    expires_at = tables.checkins.c.expires_at
+    present = connection.scalar(select(func.count()).select_from(tables.checkins).where(expires_at > now))
+    return Presence(known=known or 0, present=present or 0)
+
+
+def epoch(connection: Connection) -> int:
+    """Of the last claim."""
+    return connection.scalar(select(tables.epoch.c.epoch)) or 0
 
 
 def telemetry(connection: Connection) -> list[TelemetryRow]:

@@ -1,4 +1,7 @@
-"""The tables. ``journal`` is the truth of rounds: ``checkins``, ``rounds``, ``updates``, ``versions`` follow.
+"""The tables. ``journal`` is the truth of rounds, versions and orders that were obeyed: ``checkins``, ``rounds``,
+``updates``, ``versions``, ``standing`` and ``exclusions`` follow.
+
+``orders`` is the operator's letter box: any connection may put one in, only the serving aggregator settles it.
 
 Check-ins leave the journal once a later round has opened; the tickets they gave stay in ``checkins``.
 
@@ -25,7 +28,7 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
-SCHEMA = 1
+SCHEMA = 2
 MAX_INT64 = (1 << 63) - 1
 _BIAS = 1 << 63
 
@@ -85,7 +88,10 @@ checkins = Table(
     Column("expires_at", Float(53), nullable=False),
     Column("samples", BigInteger, nullable=False),
     Column("codecs", Text, nullable=False),
-    Column("available", Boolean, nullable=False),  # false: used up by a round
+    Column("epoch", BigInteger, nullable=False),
+    Column(
+        "available", Boolean, nullable=False
+    ),  # false: used up by a round, or its device may not take part
 )
 
 devices = Table(
@@ -135,11 +141,57 @@ versions = Table(
     "versions",
     metadata,
     Column("version", BigInteger, primary_key=True, autoincrement=False),
-    Column("generation", BigInteger, nullable=False),
-    Column("round", BigInteger, nullable=False),
+    Column("generation", BigInteger),  # of the round that made it; null: no round did
+    Column("round", BigInteger),
     Column("model_digest", LargeBinary, nullable=False),
+    Column("restored_from", BigInteger),  # the earlier version that it repeats
     ForeignKeyConstraint(["generation", "round"], ["rounds.generation", "rounds.round"]),
+    CheckConstraint(
+        "(round IS NULL) = (generation IS NULL) AND (round IS NULL) = (restored_from IS NOT NULL)"
+    ),
     Index("one_version_per_round", "generation", "round", unique=True),
+)
+
+standing = Table(
+    "standing",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("paused", Boolean, nullable=False),
+    Column("draining", Boolean, nullable=False),
+    Column("revocations", Unsigned64, nullable=False),  # the number of the root's list; 0: none was taken
+    CheckConstraint("id = 1"),
+)
+
+exclusions = Table(
+    "exclusions",
+    metadata,
+    Column("device", String(48), primary_key=True),
+    Column("evicted_at", Float(53)),  # null: not evicted
+    Column("revoked_epoch", BigInteger),  # certificates up to this epoch are void; null: none is
+)
+
+orders = Table(
+    "orders",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("at", Float(53), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("argument", Text, nullable=False),  # a device or a version; empty where the kind takes none
+    Column("by", Text, nullable=False),
+    Column("settled_at", Float(53)),  # null: it waits
+    Column("obeyed", Boolean),  # null: it waits; false: refused
+    Column("answer", Text),
+    CheckConstraint("(settled_at IS NULL) = (obeyed IS NULL) AND (settled_at IS NULL) = (answer IS NULL)"),
+    sqlite_autoincrement=True,
+)
+
+evaluations = Table(
+    "evaluations",
+    metadata,
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", Float(53), nullable=False),
+    Column("samples", BigInteger, nullable=False),
+    Column("metrics", Text, nullable=False),
 )
 
 pieces = Table(

@@ -44,6 +44,35 @@ class DeviceSeen:
     sequence: int
 
 
+class OrderKind(Enum):
+    """What an operator can order; the values are for ever: they are in ledgers."""
+
+    PAUSE = "pause"
+    RESUME = "resume"
+    DRAIN = "drain"
+    EVICT = "evict"
+    READMIT = "readmit"
+    ROLLBACK = "rollback"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderSettled:
+    """The answer to an order that waited. ``obeyed`` False: it was refused and changed nothing."""
+
+    id: int
+    obeyed: bool
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """A version on held-out data. ``metrics``: by name, such as ``loss``; None: not a finite number."""
+
+    version: int
+    samples: int
+    metrics: Mapping[str, float | None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """One transaction: all of it or nothing.
@@ -55,6 +84,8 @@ class Batch:
     telemetry: one report each, added to the device's totals.
     counts: added to the counters.
     forget_pieces: rounds whose pieces leave the index; their inbox folders may be deleted after the commit.
+    orders: the answers to orders that waited; their records are in the same batch.
+    evaluations: a version evaluated again replaces what was known of it.
     """
 
     records: tuple[Record, ...] = ()
@@ -63,6 +94,8 @@ class Batch:
     telemetry: tuple[tuple[DeviceId, Telemetry], ...] = ()
     counts: Mapping[Reject | Count, int] = field(default_factory=dict)
     forget_pieces: tuple[RoundId, ...] = ()
+    orders: tuple[OrderSettled, ...] = ()
+    evaluations: tuple[Evaluated, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +137,58 @@ class RoundRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Presence:
+    """Devices: all that ever proved themselves; those whose last check-in has not expired."""
+
+    known: int
+    present: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class VersionRow:
+    """``round_id``: that made it; None for a version ``restored_from`` an earlier one, whose digest it has."""
+
     version: int
-    round_id: RoundId
+    round_id: RoundId | None
     model_digest: Digest
+    restored_from: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderRow:
+    """``at``, ``settled_at``: seconds of the clocks of who wrote them. The last three are None while it waits."""
+
+    id: int
+    at: float
+    kind: str
+    argument: str
+    by: str
+    settled_at: float | None
+    obeyed: bool | None
+    answer: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRow:
+    version: int
+    at: float
+    samples: int
+    metrics: Mapping[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What orders and the root's revocations amount to now.
+
+    ``evicted``: since when, by device; ``revoked``: the last void epoch, by device; ``revocations``: the number of
+    the list that says so, 0 if none was taken.
+    """
+
+    paused: bool
+    draining: bool
+    evicted: Mapping[DeviceId, float]
+    revocations: int
+    revoked: Mapping[DeviceId, int]
 
 
 @dataclass(frozen=True, kw_only=True)

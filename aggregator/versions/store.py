@@ -19,18 +19,27 @@ MODEL = "model.onnx"
 ARRAYS = "model.npz"
 DESCRIPTION = "version.json"
 PUBLIC_MODE = 0o644
+_REMOVED = ".removed-"
 
 
-class VersionError(FleetgradError, fault=Fault.OPERATOR, remedy="restore the version's folder from a backup"):
+class VersionError(
+    FleetgradError,
+    fault=Fault.OPERATOR,
+    remedy="choose a version that is on disk, or restore its folder from a backup",
+):
     """A version's files are missing or not what the ledger says."""
 
 
 class VersionStore:
-    """``folder/000012/``: params.bin (float32 little-endian, shape (d,)), model.onnx, model.npz, version.json."""
+    """``folder/000012/``: params.bin (float32 little-endian, shape (d,)), model.onnx, model.npz, version.json.
 
-    def __init__(self, folder: Path, artifact: Artifact) -> None:
+    ``keep``: how many of the newest versions stay on disk; 0: all.
+    """
+
+    def __init__(self, folder: Path, artifact: Artifact, *, keep: int = 0) -> None:
         self._folder = folder
         self._artifact = artifact
+        self._keep = keep
         make_private_folder(folder)
 
     @property
@@ -60,6 +69,7 @@ class VersionStore:
             try:
                 raw = path.read_bytes()
             except OSError as error:
+                self._check_kept(version)
                 raise VersionError(f"{path}: {error.strerror}; restore it from a backup") from error
         if sha256(raw) != digest:
             raise VersionError(
@@ -86,6 +96,32 @@ class VersionStore:
         for name in (MODEL, ARRAYS):
             source = self.path(version) / name
             if not source.exists():
+                self._check_kept(version)
                 raise VersionError(f"version {version} has not been published: {source} is missing")
             copies.append(Path(shutil.copyfile(source, target / name)))
         return tuple(copies)
+
+    def prune(self, newest: int) -> tuple[int, ...]:
+        """Remove the versions before the last ``keep``; the ledger goes on knowing them. Gives their numbers.
+
+        Killed half-way, the next call finishes it: a version's folder goes out of the way whole.
+        """
+        if self._keep == 0:
+            return ()
+        for left in self._folder.glob(f"{_REMOVED}*"):
+            shutil.rmtree(left)
+        old = [
+            path
+            for path in self._folder.iterdir()
+            if path.name.isdecimal() and int(path.name) <= newest - self._keep
+        ]
+        for path in old:
+            shutil.rmtree(path.rename(path.with_name(f"{_REMOVED}{path.name}")))
+        return tuple(sorted(int(path.name) for path in old))
+
+    def _check_kept(self, version: int) -> None:
+        if version > 0 and not self.path(version).exists():
+            raise VersionError(
+                f"version {version} is no longer on disk: [versions] keep = {self._keep} keeps the newest only; "
+                f"put {self.path(version)} back from a backup, or choose a newer version"
+            )

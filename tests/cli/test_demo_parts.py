@@ -133,7 +133,10 @@ def test_the_passes_are_those_of_published_updates_only() -> None:
         Round(3, ("a", "b"), accepted=("a",), aborted=True),
     ]
     assert sample_passes(rounds, samples, dataclasses.replace(DIGITS.plan, epochs=4, steps=0)) == 7
-    assert sample_passes(rounds, samples, dataclasses.replace(DIGITS.plan, epochs=0, steps=25, batch_size=8)) == 2
+    assert (
+        sample_passes(rounds, samples, dataclasses.replace(DIGITS.plan, epochs=0, steps=25, batch_size=8))
+        == 2
+    )
 
 
 def test_events_become_rounds_with_their_accepted_sets() -> None:
@@ -312,7 +315,7 @@ def good_run() -> tuple[Figures, Run]:
         broker="mosquitto",
         samples={"device-01": 10},
         held_out=360,
-        parameters=10,
+        parameters=1_000_000,
         score=0.97,
         score_npz=0.97,
         error=0.009,

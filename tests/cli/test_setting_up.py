@@ -6,16 +6,19 @@ import dataclasses
 import json
 import re
 import typing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from aggregator import cli
 from aggregator.config import AggregatorConfig, load_aggregator_config
-from aggregator.core.step import RoundRules
+from aggregator.core.round_rules import RoundRules
+from aggregator.plan_presets import PRESETS
 from aggregator.setup import COMMENTS
 from edge_runtime.protocol.codecs import entropy
 from edge_runtime.protocol.plan import Plan
+from edge_runtime.protocol.schedules import Schedule
 from tests.support.brokers import ROOT
 from tests.support.command_line import Done, refusal, run
 
@@ -38,7 +41,7 @@ def keys(settings: typing.Any, prefix: str = "") -> set[str]:
     found = set()
     for f in dataclasses.fields(settings):
         kind = hints[f.name]
-        found |= keys(kind, f"{f.name}.") if dataclasses.is_dataclass(kind) else {prefix + f.name}
+        found |= keys(kind, f"{prefix}{f.name}.") if dataclasses.is_dataclass(kind) else {prefix + f.name}
     return found
 
 
@@ -58,7 +61,7 @@ def test_the_written_file_is_valid_holds_the_defaults_and_says_what_comes_next(t
 
 def test_every_setting_has_its_comment_in_the_written_file(tmp_path):
     commented = {f"{section}.{key}" if section else key for section, keys in COMMENTS.items() for key in keys}
-    assert commented == keys(AggregatorConfig) - NOT_TO_BE_SET
+    assert commented == keys(AggregatorConfig) - NOT_TO_BE_SET | {"plan.preset"}
     init(tmp_path / "agg")
     text = (tmp_path / "agg" / "aggregator.toml").read_text()
     for section, comments in COMMENTS.items():
@@ -94,6 +97,52 @@ def test_settings_override_the_defaults_and_a_bare_word_is_text(tmp_path):
     assert config.broker.username == 'o\'brien "the\\ 1st"'
 
 
+# ---- presets ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_its_plan_and_the_commented_lines_of_the_file_say_the_same(tmp_path, name):
+    assert init(tmp_path / "agg", f"plan.preset={name}").code == 0
+    path = tmp_path / "agg" / "aggregator.toml"
+    assert load_aggregator_config(path).plan == PRESETS[name].plan
+    before, plan, after = re.split(r"(^\[plan\]\n.*?(?=^\[delivery))", path.read_text(), flags=re.M | re.S)
+    plan = re.sub(r"^# ([a-z_0-9]+ = )", r"\1", plan, flags=re.M)
+    path.write_text(before + plan.replace(f'preset = "{name}"\n', "") + after)
+    assert load_aggregator_config(path).plan == PRESETS[name].plan
+
+
+def test_single_keys_override_a_preset_and_a_shape_begins_a_schedule_anew(tmp_path):
+    iot = PRESETS["iot"].plan
+    for number, (settings, expected) in enumerate(
+        (
+            (["plan.batch_size=8"], replace(iot, batch_size=8)),
+            (["plan.schedule.every=7"], replace(iot, schedule=replace(iot.schedule, every=7))),
+            (["plan.schedule.shape=constant"], replace(iot, schedule=Schedule())),
+            (
+                ["plan.schedule.shape=cosine", "plan.schedule.rounds=100"],
+                replace(iot, schedule=Schedule(shape="cosine", rounds=100)),
+            ),
+        )
+    ):
+        folder = tmp_path / str(number)
+        assert init(folder, "plan.preset=iot", *settings).code == 0
+        assert load_aggregator_config(folder / "aggregator.toml").plan == expected
+
+
+def test_the_presets_keep_what_their_names_promise_and_are_named_where_people_look():
+    epochs = {name: preset.plan.epochs for name, preset in PRESETS.items()}
+    assert 3 <= epochs["medical"] <= 5
+    assert 5 <= epochs["finance"] <= 10
+    assert all(preset.plan.problem() is None for preset in PRESETS.values())
+    assert PRESETS["default"].plan == Plan()
+    assert all(preset.plan.max_grad_norm == 5 for preset in PRESETS.values())
+    help_text = re.sub(r"[^a-z]+", " ", run(cli.main, "init", "--help").out)
+    operator = (ROOT / "docs" / "operator.md").read_text()
+    for name, preset in PRESETS.items():
+        assert re.search(rf"\b{name}\b", help_text.partition("plan preset")[2])
+        assert f"| `{name}` | {preset.reason} |" in operator
+
+
 @pytest.mark.parametrize(
     ("setting", "complaint"),
     [
@@ -115,7 +164,16 @@ def test_settings_override_the_defaults_and_a_bare_word_is_text(tmp_path):
         ("broker.url=mqtt://me:hunter2@x", "use username and password_file"),
         ("broker.password=hunter2", "broker.password: a secret in a settings file"),
         ("round.rounds", "--set takes section.key=value"),
-        ("a.b.c=1", "--set takes section.key=value"),
+        ("a.b.c=1", "a: unknown key"),
+        ("a..c=1", "--set takes section.key=value"),
+        ("plan={}", "the settings of --set make no TOML file together"),
+        ("plan.preset=hospital", 'plan.preset: "hospital"; choose from default, medical, finance, iot'),
+        ("plan.preset=3", "plan.preset: 3; choose from"),
+        ("plan.optimizer=lamb", 'plan.optimizer: "lamb"; choose from sgd, adam, adamw'),
+        ("plan.schedule.shape=linear", 'plan.schedule.shape: "linear"; choose from constant, step, cosine'),
+        ("plan.schedule.factor=0.5", "schedule.factor means nothing to the shape constant: choose another"),
+        ("plan.schedule.shap=step", "plan.schedule.shap: unknown key; did you mean shape?"),
+        ("plan.schedule.every=1.5", "plan.schedule.every: 1.5; expected a whole number"),
         ("round.rounds=3\nkeep_updates=true", "round.rounds"),
         ("round.rounds=3\nrounds=4", "round.rounds"),
     ],

@@ -1,8 +1,7 @@
-"""What every database behind the ledger must keep. A new one is one more URL."""
+"""What every database behind the ledger must keep. A new one is one more parameter of ``url``."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +11,21 @@ import sqlalchemy
 
 from aggregator.core.records import (
     CheckedIn,
+    DrainBegun,
+    Drained,
+    Evicted,
+    Paused,
+    Readmitted,
     Record,
+    Resumed,
+    RevocationsTaken,
     RoundAborted,
     RoundFrozen,
     RoundOpened,
     RoundPublished,
     UpdateStored,
     VersionCommitted,
+    VersionRestored,
 )
 from aggregator.core.state import State, fold
 from aggregator.inbox.segments import Position
@@ -27,35 +34,37 @@ from aggregator.ledger.database import sqlite_url
 from aggregator.ledger.errors import FencedError, LedgerError, LedgerInUseError
 from aggregator.ledger.invariants import check_invariants
 from aggregator.ledger.ledger import Ledger
-from aggregator.ledger.values import Batch, Count, DeviceSeen, Piece
+from aggregator.ledger.values import (
+    Batch,
+    Count,
+    DeviceSeen,
+    Evaluated,
+    EvaluationRow,
+    OrderKind,
+    OrderRow,
+    OrderSettled,
+    Piece,
+    VersionRow,
+)
 from edge_runtime.protocol.errors import LocalProtocolError
 from edge_runtime.protocol.ids import DeviceId, FederationId, RoundId, sha256
 from edge_runtime.protocol.messages import Telemetry
 from edge_runtime.protocol.rejects import Reject
 from edge_runtime.protocol.rounds import Outcome, Phase
+from tests.support.postgres import schema_of_its_own
 
-POSTGRES = os.environ.get("FLEETGRAD_TEST_POSTGRES_URL", "")
 FEDERATION = FederationId("fed")
 A, B, C = DeviceId("a"), DeviceId("b"), DeviceId("c")
 ONE, TWO = RoundId(1, 1), RoundId(1, 2)
 
 
-@pytest.fixture(
-    params=[
-        "sqlite",
-        pytest.param(
-            "postgresql",
-            marks=pytest.mark.skipif(not POSTGRES, reason="FLEETGRAD_TEST_POSTGRES_URL is not set"),
-        ),
-    ]
-)
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
-        return sqlite_url(tmp_path / "ledger.db")
-    engine = sqlalchemy.create_engine(POSTGRES)
-    tables.metadata.drop_all(engine)
-    engine.dispose()
-    return POSTGRES
+        yield sqlite_url(tmp_path / "ledger.db")
+    else:
+        with schema_of_its_own(request.getfixturevalue("postgres"), "fleetgrad_test") as own:
+            yield own
 
 
 @pytest.fixture
@@ -100,6 +109,10 @@ def committed(
     )
 
 
+def restored(version: int, of: int, model: bytes = b"model") -> VersionRestored:
+    return VersionRestored(version=version, of=of, model_digest=sha256(model))
+
+
 def commit(ledger: Ledger, *records: Record) -> None:
     ledger.commit(Batch(records=records))
 
@@ -124,6 +137,14 @@ def test_the_journal_gives_back_every_kind_of_record_as_it_was(ledger: Ledger) -
         opened(TWO, base=1),
         check_in(A, (1 << 64) - 1),
         RoundAborted(round_id=TWO, reason="too few: 0", at=70.0),
+        VersionRestored(version=2, of=0, model_digest=sha256(b"initial")),
+        Paused(at=71.0),
+        DrainBegun(at=72.0),
+        Drained(at=73.0),
+        Resumed(at=74.0),
+        Evicted(device=A, at=75.0),
+        Readmitted(device=A),
+        RevocationsTaken(number=(1 << 64) - 1, revoked=((A, (1 << 32) - 1), (B, 1))),
     ]
     commit(ledger, *records[:3])
     commit(ledger, *records[3:])
@@ -172,6 +193,17 @@ def test_an_aborted_round_aborts_its_updates_and_no_others(ledger: Ledger) -> No
         pytest.param(
             [RoundAborted(round_id=ONE, reason="", at=1.0), opened(RoundId(2, 2))], id="another generation"
         ),
+        pytest.param([restored(2, 0)], id="a restored version that skips one"),
+        pytest.param([restored(1, 1)], id="a version restored from itself"),
+        pytest.param(
+            [frozen(A, B), committed(), restored(2, 0), restored(3, 1, b"other")],
+            id="a restored version with other parameters",
+        ),
+        pytest.param([Evicted(device=A, at=1.0), frozen(A, B)], id="an evicted device's update accepted"),
+        pytest.param(
+            [RevocationsTaken(number=2, revoked=()), RevocationsTaken(number=2, revoked=())],
+            id="a list of revocations taken twice",
+        ),
     ],
 )
 def test_a_batch_that_contradicts_the_ledger_changes_nothing(ledger: Ledger, records: list[Record]) -> None:
@@ -204,11 +236,28 @@ def test_recovery_equals_the_fold_at_every_point_of_a_run(ledger: Ledger) -> Non
         committed(round_id=TWO),
         RoundPublished(round_id=TWO, at=65.0),
         check_in(C, 4),
-        opened(RoundId(1, 3), base=1, cohort=(B,)),
+        Evicted(device=B, at=66.0),
+        restored(2, 0),
+        Paused(at=67.0),
+        restored(3, 1),
+        RevocationsTaken(number=4, revoked=((C, 1), (DeviceId("d"), 9))),
+        replace(check_in(C, 5), epoch=2),
+        Resumed(at=68.0),
+        Readmitted(device=B),
+        check_in(B, 4),
+        RevocationsTaken(number=5, revoked=((C, 1),)),
+        opened(RoundId(1, 3), base=3, cohort=(B,)),
+        stored(B, RoundId(1, 3)),
+        Evicted(device=B, at=69.0),
+        DrainBegun(at=70.0),
+        RoundAborted(round_id=RoundId(1, 3), reason="", at=71.0),
+        restored(4, 2),
+        Drained(at=72.0),
     ]
     for n, record in enumerate(run, 1):
         commit(ledger, record)
         assert ledger.load_state() == fold(State(), run[:n])
+        assert check_invariants(ledger) == []
 
 
 def test_check_ins_leave_the_journal_when_a_later_round_opens_and_their_tickets_stay(
@@ -235,6 +284,100 @@ def test_check_ins_leave_the_journal_when_a_later_round_opens_and_their_tickets_
 
 def test_an_empty_ledger_recovers_to_the_first_state(ledger: Ledger) -> None:
     assert ledger.load_state() == State()
+
+
+# ---- versions restored, devices barred ------------------------------------------------------------
+
+
+def test_a_restored_version_has_no_round_and_the_digest_of_its_source(ledger: Ledger) -> None:
+    commit(ledger, opened(), stored(A), frozen(A), committed(), RoundPublished(round_id=ONE, at=60.0))
+    commit(ledger, restored(2, 0, b"initial"), restored(3, 1))
+    second, third = ledger.version(2), ledger.version(3)
+    assert second == VersionRow(version=2, round_id=None, model_digest=sha256(b"initial"), restored_from=0)
+    assert third is not None
+    assert (third.restored_from, third.model_digest) == (1, sha256(b"model"))
+    assert ledger.totals().version == 3
+    commit(ledger, opened(TWO, base=3), stored(A, TWO), frozen(A, round_id=TWO), committed(4, TWO))
+    assert check_invariants(ledger) == []
+
+
+def test_an_evicted_devices_stored_update_is_left_out_of_the_freeze_and_excluded(ledger: Ledger) -> None:
+    commit(ledger, opened(), stored(A), stored(B), Evicted(device=B, at=55.0), frozen(A))
+    assert [row.accepted for row in ledger.rounds(1)] == [1]
+    commit(ledger, committed(excluded=((B, Reject.EVICTED),)))
+    assert outcome(ledger, A) == (Outcome.AGGREGATED, 1, None)
+    assert outcome(ledger, B) == (Outcome.EXCLUDED, None, "evicted")
+    assert check_invariants(ledger) == []
+
+
+def test_who_is_barred_has_no_ticket_and_a_newer_certificate_brings_it_back(ledger: Ledger) -> None:
+    commit(ledger, check_in(A), check_in(B), replace(check_in(C), epoch=2))
+    commit(ledger, Evicted(device=A, at=55.0), RevocationsTaken(number=7, revoked=((B, 1), (C, 1))))
+    assert ledger.load_state().tickets.keys() == {C}
+    standing = ledger.standing()
+    assert (standing.evicted, standing.revocations, standing.revoked) == ({A: 55.0}, 7, {B: 1, C: 1})
+    commit(ledger, Readmitted(device=A), check_in(A, 2), RevocationsTaken(number=8, revoked=()))
+    assert ledger.load_state().tickets.keys() == {A, C}
+    assert (ledger.standing().evicted, ledger.standing().revoked) == ({}, {})
+    assert check_invariants(ledger) == []
+
+
+# ---- orders and evaluations -------------------------------------------------------------------------
+
+
+def test_an_order_is_given_beside_the_serving_aggregator_and_settled_once(url: str, ledger: Ledger) -> None:
+    operator = Ledger.open(url, federation=FEDERATION, clock=lambda: 40.0)
+    first = operator.give_order(OrderKind.EVICT, "a", "mia@host")
+    second = operator.give_order(OrderKind.PAUSE, "", "mia@host")
+    assert [row.id for row in ledger.waiting_orders()] == [first, second]
+    ledger.commit(
+        Batch(
+            records=(Evicted(device=A, at=50.0),),
+            orders=(OrderSettled(id=first, obeyed=True, answer="done"),),
+        )
+    )
+    assert [row.id for row in ledger.waiting_orders()] == [second]
+    assert operator.order(first) == OrderRow(
+        id=first,
+        at=40.0,
+        kind="evict",
+        argument="a",
+        by="mia@host",
+        settled_at=50.0,
+        obeyed=True,
+        answer="done",
+    )
+    again = Batch(records=(Paused(at=1.0),), orders=(OrderSettled(id=first, obeyed=False, answer="again"),))
+    with pytest.raises(LocalProtocolError, match="settled before"):
+        ledger.commit(again)
+    assert ledger.standing().paused is False
+    assert [row.id for row in ledger.orders(1)] == [second]
+    assert operator.order(second + 1) is None
+    operator.close()
+
+
+def test_a_claim_is_seen_by_others_until_it_is_given_up(url: str, ledger: Ledger) -> None:
+    other = Ledger.open(url, federation=FEDERATION, read_only=True)
+    assert other.is_claimed()
+    ledger.release()
+    assert not other.is_claimed()
+    other.close()
+
+
+def test_an_evaluation_replaces_an_earlier_one_of_its_version_and_may_lack_a_figure(ledger: Ledger) -> None:
+    ledger.commit(Batch(evaluations=(Evaluated(version=1, samples=9, metrics={"loss": None}),)))
+    figures = {"loss": 0.25, "accuracy": 1.0}
+    ledger.commit(
+        Batch(
+            evaluations=(
+                Evaluated(version=1, samples=9, metrics=figures),
+                Evaluated(version=0, samples=9, metrics={}),
+            )
+        )
+    )
+    assert [row.version for row in ledger.evaluations()] == [0, 1]
+    assert ledger.evaluation(1) == EvaluationRow(version=1, at=50.0, samples=9, metrics=figures)
+    assert ledger.evaluation(2) is None
 
 
 # ---- the fence --------------------------------------------------------------------------------------
@@ -446,12 +589,24 @@ def test_another_federations_ledger_is_refused(url: str, ledger: Ledger) -> None
         Ledger.open(url, federation=FederationId("other"))
 
 
-def test_a_newer_schema_is_refused_with_what_to_do(url: str, ledger: Ledger) -> None:
+@pytest.mark.parametrize(
+    ("schema", "complaint"),
+    [
+        (
+            tables.SCHEMA + 1,
+            "schema 3, this release knows 2: use the release .* that wrote it, or a newer one",
+        ),
+        (1, "schema 1, this release needs 2 and cannot convert it: finish with the release"),
+    ],
+)
+def test_another_schema_is_refused_with_what_to_do(
+    url: str, ledger: Ledger, schema: int, complaint: str
+) -> None:
     engine = sqlalchemy.create_engine(url)
     with engine.begin() as connection:
-        connection.execute(sqlalchemy.update(tables.meta).values(schema=tables.SCHEMA + 1))
+        connection.execute(sqlalchemy.update(tables.meta).values(schema=schema))
     engine.dispose()
-    with pytest.raises(LedgerError, match="schema 2, this release knows 1"):
+    with pytest.raises(LedgerError, match=complaint):
         Ledger.open(url, federation=FEDERATION)
 
 

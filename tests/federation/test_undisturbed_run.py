@@ -25,7 +25,7 @@ from edge_runtime.protocol.crypto.provider import CRYPTO
 from edge_runtime.protocol.ids import DeviceId, RoundId
 from edge_runtime.protocol.messages import Update
 from edge_runtime.protocol.tensors import Vector, vector_from_bytes
-from edge_runtime.training.trainer import batch_seed, delta, train
+from edge_runtime.training.trainer import LocalTraining, batch_seed, delta
 from tests.federation.conftest import ROUNDS, Undisturbed
 from tests.support.federation import ARTIFACT, SAMPLES, Federation, aggregated_once, device_data
 from tests.support.traffic import found_bytes, found_numbers, spellings
@@ -49,12 +49,12 @@ def retrained(undisturbed: Undisturbed) -> dict[tuple[str, int], tuple[Vector, U
         for number in range(1, ROUNDS + 1):
             round_id, device = RoundId(1, number), DeviceId(name)
             theta = parameters(fed, number - 1)
-            steps = train(session, dataset, plan, theta, seed=batch_seed(seed, round_id, device))
-            try:
-                while True:
-                    next(steps)
-            except StopIteration as end:
-                trained = end.value
+            training = LocalTraining(
+                *(session, dataset, plan, theta),
+                seed=batch_seed(seed, round_id, device),
+                version=number - 1,
+            )
+            trained = training.run()
             change = delta(trained.theta, theta)
             codec = codec_named(plan.codecs[0])
             stream_seed = derive_seed(seed, "codec", 1, number, device)

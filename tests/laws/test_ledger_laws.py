@@ -9,9 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregator.core.records import CheckedIn, Record, RoundOpened, UpdateStored, VersionCommitted
+from aggregator.core.records import (
+    CheckedIn,
+    Evicted,
+    Paused,
+    Record,
+    RevocationsTaken,
+    RoundOpened,
+    UpdateStored,
+    VersionCommitted,
+    VersionRestored,
+)
+from aggregator.core.round_rules import RoundRules
 from aggregator.core.state import State, fold
-from aggregator.core.step import RoundRules
 from aggregator.ledger.database import sqlite_url
 from aggregator.ledger.encoding import KINDS, decode_record, encode_record, kind_of
 from aggregator.ledger.errors import FencedError, LedgerError
@@ -20,14 +30,14 @@ from aggregator.ledger.ledger import Ledger
 from aggregator.ledger.values import Batch
 from edge_runtime.protocol.ids import DeviceId, Digest, FederationId, RoundId
 from edge_runtime.protocol.rejects import Reject
-from tests.support.round_shell import Crash, Operation, Shell, operations, rules
+from tests.support.round_shell import Crash, Operation, Shell, operations, operations_and_orders, rules
 from tests.support.scratch import scratch_folder
 
 FEDERATION = FederationId("fed")
 
 
 @settings(max_examples=25, deadline=None)
-@given(rules(), operations)
+@given(rules(), operations | operations_and_orders)
 def test_any_run_with_crashes_keeps_the_ledgers_invariants(
     rules: RoundRules, operations: list[Operation]
 ) -> None:
@@ -96,6 +106,16 @@ _records: st.SearchStrategy[Record] = st.one_of(
         version=st.integers(1, 1 << 32),
         model_digest=_digests,
         excluded=st.lists(st.tuples(_devices, st.sampled_from(Reject))).map(tuple),
+    ),
+    st.builds(
+        VersionRestored, version=st.integers(1, 1 << 32), of=st.integers(0, 1 << 32), model_digest=_digests
+    ),
+    st.builds(Paused, at=_seconds),
+    st.builds(Evicted, device=_devices, at=_seconds),
+    st.builds(
+        RevocationsTaken,
+        number=st.integers(1, 1 << 62),
+        revoked=st.lists(st.tuples(_devices, st.integers(0, (1 << 32) - 1))).map(tuple),
     ),
 )
 

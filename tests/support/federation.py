@@ -226,6 +226,7 @@ def _write_device(folder: Path, name: str, seed: bytes, data: Mapping[str, Any],
         f'[data]\nsource = "{source}"\n'
         f'[training]\nseed_file = "{name}.seed"\n'
         "[checkin]\nttl_s = 3600\n"
+        "[policy]\nenabled = false\n"
     )
 
 

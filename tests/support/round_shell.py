@@ -7,33 +7,41 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from aggregator.core.records import Record, RoundOpened, UpdateStored
-from aggregator.core.state import State, apply
-from aggregator.core.step import (
+from aggregator.core.events import (
     Aggregate,
     Aggregated,
     AggregationFailed,
     CheckInArrived,
     CloseRound,
     Decision,
+    DrainOrdered,
     Effect,
     Event,
+    EvictOrdered,
+    Exit,
     Finish,
+    Order,
+    PauseOrdered,
     PrepareRound,
     PublishVersion,
+    ReadmitOrdered,
     Recovered,
+    RestoreOrdered,
+    ResumeOrdered,
+    RevocationsRead,
     RoundPrepared,
-    RoundRules,
     SendReceipt,
     Tick,
     UpdateArrived,
     VersionPublished,
-    screen,
-    step,
 )
+from aggregator.core.records import Record, RoundOpened, UpdateStored, VersionCommitted, VersionRestored
+from aggregator.core.round_rules import RoundRules
+from aggregator.core.state import State, apply
+from aggregator.core.step import barred, screen, step
 from edge_runtime.protocol.ids import DeviceId, Digest, RoundId, sha256
 from edge_runtime.protocol.rejects import Reject
-from edge_runtime.protocol.rounds import Verdict
+from edge_runtime.protocol.rounds import Phase, Verdict
 
 DEVICES = tuple(DeviceId(f"device-{i}") for i in range(6))
 RUN_SEED = bytes(range(32))
@@ -80,7 +88,39 @@ class Crash:
     """All that is not committed is gone; then recovery."""
 
 
-Operation = CheckIn | Send | Pass | Work | Crash
+@dataclass(frozen=True)
+class Obey:
+    """An order without an argument."""
+
+    order: PauseOrdered | ResumeOrdered | DrainOrdered
+
+
+@dataclass(frozen=True)
+class Evict:
+    device: int
+
+
+@dataclass(frozen=True)
+class Readmit:
+    device: int
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """To so many versions before the newest."""
+
+    back: int
+
+
+@dataclass(frozen=True)
+class Revoke:
+    """The root's next list, with one entry more; the device may have enrolled again, in the next epoch."""
+
+    device: int
+    enrols_again: bool = False
+
+
+Operation = CheckIn | Send | Pass | Work | Crash | Obey | Evict | Readmit | Rollback | Revoke
 
 
 @st.composite
@@ -113,7 +153,18 @@ _seldom = [
     st.builds(Work, st.booleans(), st.booleans()),
     st.just(Crash()),
 ]
+_orders = [
+    st.builds(Obey, st.sampled_from((PauseOrdered(), ResumeOrdered(), ResumeOrdered(), DrainOrdered()))),
+    st.builds(Evict, _device),
+    st.builds(Readmit, _device),
+    st.builds(Readmit, _device),
+    st.builds(Rollback, st.integers(0, 2)),
+    st.builds(Revoke, _device, st.sampled_from((True, True, True, False))),
+]
 operations = st.lists(st.one_of(*_often, *_often, *_seldom), min_size=40, max_size=80)
+operations_and_orders = st.lists(
+    st.one_of(*_often, *_often, *_often, *_often, *_seldom, *_orders), min_size=40, max_size=80
+)
 
 
 @dataclass
@@ -131,6 +182,8 @@ class Shell:
     receipts: list[SendReceipt] = field(default_factory=list)
     closed: list[RoundId] = field(default_factory=list)
     finished: bool = False
+    exits: int = 0
+    epochs: dict[DeviceId, int] = field(default_factory=dict)
 
     def run(self, operation: Operation) -> Decision | Verdict | Reject | None:
         """What came of it: a decision of the core, a refusal by screening, or nothing."""
@@ -148,6 +201,17 @@ class Shell:
                 return self.send(Tick())
             case Work():
                 return self._work(operation)
+            case Obey(order):
+                return self.obey(order)
+            case Evict(device):
+                return self.obey(EvictOrdered(DEVICES[device]))
+            case Readmit(device):
+                return self.obey(ReadmitOrdered(DEVICES[device]))
+            case Rollback(back):
+                of = self.state.version - back
+                return self.obey(RestoreOrdered(of=of, model_digest=self._digest(of)))
+            case Revoke():
+                return self._revoke(operation)
             case _:
                 self.todo.clear()
                 if self.recover is not None:
@@ -170,6 +234,8 @@ class Shell:
                     self.closed.append(round_id)
                 case Finish():
                     self.finished = True
+                case Exit():
+                    self.exits += 1
                 case PrepareRound() if any(isinstance(other, PrepareRound) for other in self.todo):
                     pass  # being prepared already
                 case PrepareRound() | Aggregate() | PublishVersion():
@@ -178,11 +244,40 @@ class Shell:
                     pass
         return decision
 
-    def _check_in(self, device: DeviceId, ttl_s: float) -> Decision:
+    def obey(self, order: Order) -> Decision | None:
+        """Orders wait while a version is being made; a round that is only being prepared is drawn anew."""
+        if self.state.phase in (Phase.FROZEN, Phase.AGGREGATED):
+            return None
+        self.todo = [effect for effect in self.todo if not isinstance(effect, PrepareRound)]
+        return self.send(order)
+
+    def _digest(self, version: int) -> Digest:
+        made = (r for r in self.journal if isinstance(r, VersionCommitted | VersionRestored))
+        return {0: sha256(b"initial"), **{r.version: r.model_digest for r in made}}.get(version, sha256())
+
+    def _revoke(self, operation: Revoke) -> Decision | None:
+        if not self.state.at_rest:
+            return None
+        self.todo = [effect for effect in self.todo if not isinstance(effect, PrepareRound)]
+        device = DEVICES[operation.device]
+        epoch = self.epochs.get(device, 1)
+        self.epochs[device] = epoch + operation.enrols_again
+        revoked = tuple(sorted({**self.state.revoked, device: epoch}.items()))
+        return self.send(RevocationsRead(number=self.state.revocations + 1, revoked=revoked))
+
+    def _check_in(self, device: DeviceId, ttl_s: float) -> Decision | Reject:
         self.sequence += 1
+        epoch = self.epochs.get(device, 1)
+        if (reject := barred(self.state, device, epoch)) is not None:
+            return reject
         return self.send(
             CheckInArrived(
-                device=device, sequence=self.sequence, ttl_s=ttl_s, samples=10, codecs=("float32",)
+                device=device,
+                sequence=self.sequence,
+                ttl_s=ttl_s,
+                samples=10,
+                codecs=("float32",),
+                epoch=epoch,
             )
         )
 

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from aggregator.blob_server import MAX_PULL, BlobServer
-from edge_runtime.blob_fetch import PULL_AT_ONCE, BlobFetch
+from aggregator.blob_server import MAX_GATHERS, MAX_PULL, BlobServer
+from edge_runtime.blob_fetch import PULL_AT_ONCE, RETRY_CAP_S, RETRY_S, BlobFetch
 from edge_runtime.protocol import topics
+from edge_runtime.protocol.chunks import split
 from edge_runtime.protocol.envelope import unpack
 from edge_runtime.protocol.errors import RemoteProtocolError
 from edge_runtime.protocol.ids import DeviceId, FederationId, sha256
@@ -18,6 +19,10 @@ A, B, C = DeviceId("pi-a"), DeviceId("pi-b"), DeviceId("pi-c")
 K = 8192
 CONTENT = bytes(i % 253 for i in range(5 * K + 100))  # 6 chunks
 PIECES = [None, 0, 1, 2, 3, 4, 5]
+
+
+def _half() -> float:
+    return 0.5
 
 
 def _server(**settings: float) -> BlobServer:
@@ -53,8 +58,28 @@ def test_one_wave_serves_all_who_asked_and_publishes_each_piece_once() -> None:
     ]
     for _ in (A, B, C):
         fetch = BlobFetch(ref)
-        assert all(fetch.take(chunk) for _, _, chunk in sent)
+        assert all(fetch.take(chunk, 0.0, _half) for _, _, chunk in sent)
         assert fetch.content() == CONTENT
+
+
+def test_a_wave_waits_while_others_still_ask_but_not_for_ever() -> None:
+    server = _server(gather_s=0.03)
+    ref = server.offer(CONTENT)
+    at = 0.0
+    while at < 0.59:
+        server.request(at, DeviceId(f"pi-{at:.2f}"), Fetch(digest=ref.digest, wave=True))
+        assert server.due(at) == []
+        at += 0.02
+    assert server.wake_at() == pytest.approx(MAX_GATHERS * 0.03)
+    assert [chunk.index for _, _, chunk in _run(server, at)] == PIECES
+
+
+def test_a_wave_of_many_seconds_waits_longer_for_those_who_still_ask() -> None:
+    server = _server(gather_s=0.03, bytes_per_s=20_000)  # two seconds for each device
+    ref = server.offer(CONTENT)
+    for i in range(100):
+        server.request(i * 0.02, DeviceId(f"pi-{i}"), Fetch(digest=ref.digest, wave=True))
+    assert server.wake_at() == pytest.approx(99 * 0.02 + 0.03)
 
 
 def test_who_joins_a_running_wave_gets_alone_what_it_missed() -> None:
@@ -69,6 +94,22 @@ def test_who_joins_a_running_wave_gets_alone_what_it_missed() -> None:
     alone = [chunk for _, topic, chunk in late if topic == topics.down(FEDERATION, B)]
     assert [chunk.index for chunk in early + shared] == PIECES
     assert [chunk.index for chunk in alone] == [chunk.index for chunk in early]
+
+
+def test_who_asks_shortly_after_a_wave_gets_it_alone_but_not_everybody_at_once() -> None:
+    server = _server(gather_s=0.0, bytes_per_s=2 * len(CONTENT))
+    ref = server.offer(CONTENT)
+    server.request(0.0, A, Fetch(digest=ref.digest, wave=True))
+    over = _run(server, 0.0)[-1][0]
+    for i in range(10):
+        server.request(over, DeviceId(f"late-{i}"), Fetch(digest=ref.digest, wave=True))
+    sent = _run(server, over)
+    assert [chunk.index for _, _, chunk in sent] == PIECES * 3  # a second of the pace, and what was begun
+    assert {topic for _, topic, _ in sent} == {
+        topics.down(FEDERATION, DeviceId(f"late-{i}")) for i in range(3)
+    }
+    server.request(over, DeviceId("late-9"), Fetch(digest=ref.digest, wave=False, want_index=True))
+    assert [chunk.index for _, _, chunk in _run(server, over + 2)] == [None]  # the others pull
 
 
 def test_a_wave_that_is_over_can_be_asked_for_again() -> None:
@@ -158,6 +199,38 @@ def test_pieces_leave_at_the_pace_of_bytes_per_s() -> None:
     assert seconds == pytest.approx(5 * K / rate, rel=0.1)
 
 
+def test_a_wave_is_paced_by_what_the_broker_sends_on() -> None:
+    seconds = []
+    for devices in (1, 10):
+        server = _server(gather_s=0.0, bytes_per_s=20_000)
+        ref = server.offer(CONTENT)
+        for i in range(devices):
+            for _ in range(2):  # who asks twice listens once
+                server.request(0.0, DeviceId(f"pi-{i}"), Fetch(digest=ref.digest, wave=True))
+        seconds.append(_run(server, 0.0)[-1][0])
+        server.request(1e6, A, Fetch(digest=ref.digest, wave=True))  # nobody else listens to the next one
+        seconds.append(_run(server, 1e6)[-1][0] - 1e6)
+    assert seconds == pytest.approx([2.0, 2.0, 20.5, 2.0], rel=0.1)
+
+
+def test_the_first_wave_is_paced_for_all_who_are_expected_though_few_requests_were_heard() -> None:
+    server = _server(gather_s=0.0, bytes_per_s=20_000)
+    ref = server.offer(CONTENT, expected=10)
+    server.request(0.0, A, Fetch(digest=ref.digest, wave=True))
+    assert _run(server, 0.0)[-1][0] == pytest.approx(20.5, rel=0.1)
+    server.request(1e6, A, Fetch(digest=ref.digest, wave=True))
+    assert _run(server, 1e6)[-1][0] - 1e6 == pytest.approx(2.0, rel=0.1)
+
+
+def test_a_wave_starts_at_once_when_all_who_are_expected_have_asked() -> None:
+    server = _server(gather_s=0.03)
+    ref = server.offer(CONTENT, expected=2)
+    server.request(0.0, A, Fetch(digest=ref.digest, wave=True))
+    assert server.wake_at() == 0.03
+    server.request(0.01, B, Fetch(digest=ref.digest, wave=True))
+    assert server.wake_at() == 0.01
+
+
 def test_after_a_long_rest_the_sender_does_not_make_up_for_it() -> None:
     server = _server(gather_s=0.0, bytes_per_s=K)
     ref = server.offer(CONTENT)
@@ -176,18 +249,18 @@ def test_a_fetch_asks_for_the_wave_then_the_index_then_exactly_what_is_missing()
     server.request(0.0, A, Fetch(digest=ref.digest, wave=True))
     wave = {chunk.index: chunk for _, _, chunk in _run(server, 0.0)}
     fetch = BlobFetch(ref)
-    assert fetch.ask() == Fetch(digest=ref.digest, wave=True)
+    assert fetch.ask(0.0, _half) == Fetch(digest=ref.digest, wave=True)
     for index in (0, 3):
-        fetch.take(wave[index])
-    assert fetch.ask() == Fetch(digest=ref.digest, wave=False, want_index=True)
-    assert fetch.take(wave[None])
-    assert not fetch.take(wave[None])
-    assert fetch.ask() == Fetch(digest=ref.digest, wave=False, chunks=(1, 2, 4, 5))
+        fetch.take(wave[index], 0.0, _half)
+    assert fetch.ask(0.0, _half) == Fetch(digest=ref.digest, wave=False, want_index=True)
+    assert fetch.take(wave[None], 0.0, _half)
+    assert not fetch.take(wave[None], 0.0, _half)
+    assert fetch.ask(0.0, _half) == Fetch(digest=ref.digest, wave=False, chunks=(1, 2, 4, 5))
     for index in (5, 4, 2):
-        assert fetch.take(wave[index])
-    assert fetch.ask().chunks == (1,)
+        assert fetch.take(wave[index], 0.0, _half)
+    assert fetch.ask(0.0, _half).chunks == (1,)
     assert fetch.content() is None
-    fetch.take(wave[1])
+    fetch.take(wave[1], 0.0, _half)
     assert fetch.content() == CONTENT
 
 
@@ -198,12 +271,49 @@ def test_a_fetch_never_asks_for_more_than_the_server_takes() -> None:
     ref = server.offer(content)
     fetch = BlobFetch(ref)
     for _ in range(5):
-        ask = fetch.ask()
+        ask = fetch.ask(0.0, _half)
         server.request(0.0, A, ask)
         for _, _, chunk in _run(server, 0.0):
             if not ask.wave or chunk.index is None:
-                fetch.take(chunk)
+                fetch.take(chunk, 0.0, _half)
     assert fetch.content() == content
+
+
+def test_it_asks_later_each_time_until_something_is_heard() -> None:
+    server = _server(gather_s=0.0)
+    ref = server.offer(CONTENT)
+    fetch = BlobFetch(ref, wave=False)
+    now, pauses = 0.0, []
+    for _ in range(8):
+        fetch.ask(now, lambda: 0.0)
+        pauses.append(fetch.next_ask_at - now)
+        now = fetch.next_ask_at
+    assert pauses == [2.0, 4.0, 8.0, 16.0, 32.0, RETRY_CAP_S, RETRY_CAP_S, RETRY_CAP_S]
+    index = Chunk(digest=ref.digest, index=None, content=split(CONTENT, K)[0].to_bytes())
+    assert fetch.take(index, now, lambda: 0.0)
+    assert fetch.next_ask_at == now  # an answer: the next request follows at once
+    fetch.ask(now, lambda: 0.5)
+    assert fetch.next_ask_at == now + 1.5 * RETRY_S
+
+
+def test_after_silence_it_asks_for_the_last_chunk_and_then_for_what_that_has_overtaken() -> None:
+    server = _server(gather_s=0.0)
+    ref = server.offer(CONTENT)
+    server.request(0.0, A, Fetch(digest=ref.digest, wave=True))
+    index, *chunks = [chunk for _, _, chunk in _run(server, 0.0)]
+    fetch = BlobFetch(ref)
+    assert fetch.ask(0.0, _half).wave
+    fetch.take(index, 0.1, _half)
+    assert fetch.next_ask_at > 0.1  # the wave brings them, perhaps slowly
+    assert fetch.ask(5.0, _half).chunks == (5,)
+    assert fetch.ask(10.0, _half).chunks == (5,)
+    fetch.take(chunks[0], 12.0, _half)
+    assert fetch.next_ask_at > 12.0 + 3 * 10  # it has learned how slow this link is
+    fetch.take(chunks[5], 13.0, _half)
+    assert fetch.next_ask_at == 13.0
+    assert fetch.ask(13.0, _half).chunks == (1, 2, 3, 4)
+    fetch.take(chunks[1], 14.0, _half)
+    assert fetch.ask(60.0, _half).chunks == (4,)
 
 
 def test_a_forged_piece_is_refused_and_does_no_harm() -> None:
@@ -215,11 +325,11 @@ def test_a_forged_piece_is_refused_and_does_no_harm() -> None:
     for chunk in wave:
         forged = Chunk(digest=chunk.digest, index=chunk.index, content=chunk.content[:-1] + b"?")
         with pytest.raises(RemoteProtocolError, match="bad_digest"):
-            fetch.take(forged)
-        fetch.take(chunk)
+            fetch.take(forged, 0.0, _half)
+        fetch.take(chunk, 0.0, _half)
     assert fetch.content() == CONTENT
 
 
 def test_a_piece_of_another_blob_is_not_taken() -> None:
     fetch = BlobFetch(BlobRef(digest=sha256(b"this"), size=10))
-    assert not fetch.take(Chunk(digest=sha256(b"that"), index=0, content=b"x"))
+    assert not fetch.take(Chunk(digest=sha256(b"that"), index=0, content=b"x"), 0.0, _half)

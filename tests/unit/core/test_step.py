@@ -4,10 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from aggregator.core.records import CheckedIn, RoundAborted, RoundFrozen, RoundOpened, UpdateStored
-from aggregator.core.selection import draw_cohort
-from aggregator.core.state import State, apply
-from aggregator.core.step import (
+from aggregator.core.events import (
     Aggregate,
     Aggregated,
     AggregationFailed,
@@ -19,14 +16,16 @@ from aggregator.core.step import (
     PublishVersion,
     Recovered,
     RoundPrepared,
-    RoundRules,
     SendReceipt,
     Tick,
     UpdateArrived,
     VersionPublished,
-    screen,
-    step,
 )
+from aggregator.core.records import CheckedIn, RoundAborted, RoundFrozen, RoundOpened, UpdateStored
+from aggregator.core.round_rules import RoundRules
+from aggregator.core.selection import draw_cohort
+from aggregator.core.state import State, apply
+from aggregator.core.step import screen, step
 from edge_runtime.protocol.errors import LocalProtocolError
 from edge_runtime.protocol.ids import DeviceId, RoundId, sha256
 from edge_runtime.protocol.rejects import Reject

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from aggregator.config import AggregatorConfig, load_aggregator_config
-from aggregator.core.records import RoundAborted, RoundOpened, RoundPublished
-from aggregator.core.step import PrepareRound
+from aggregator.core.records import RoundAborted, RoundPublished
 from aggregator.intake import UpdatePiece
 from aggregator.ledger.errors import LedgerInUseError
 from aggregator.ledger.values import Batch, Count, Piece
-from aggregator.round_maker import ArtifactChanged, ChunksTooSmall
+from aggregator.round_maker import ArtifactChanged, ChunksTooSmall, OptimizerMissing
 from aggregator.service import Service, open_ledger
 from aggregator.setup import initialise
 from aggregator.work import Work
-from edge_runtime.protocol import topics
+from edge_runtime.protocol.artifact import Artifact
 from edge_runtime.protocol.envelope import Header, pack, unpack
-from edge_runtime.protocol.ids import DeviceId, FederationId, RoundId, sha256
+from edge_runtime.protocol.ids import RoundId, sha256
 from edge_runtime.protocol.kinds import Kind
 from edge_runtime.protocol.manifest import Manifest
 from edge_runtime.protocol.rounds import FederationState, Phase
-from edge_runtime.transport.memory import MemoryBroker, MemoryTransport
+from tests.support.engines import FEDERATION, ONE, A, announced, opened, service
 
 ARTIFACT = Path(__file__).parents[3] / "examples" / "digits" / "artifact"
-FEDERATION = FederationId("fed")
-ONE = RoundId(1, 1)
-A = DeviceId("a")
 
 
 @pytest.fixture
@@ -40,34 +34,11 @@ def config(tmp_path: Path) -> AggregatorConfig:
     )
 
 
-@contextmanager
-def service(config: AggregatorConfig) -> Iterator[Service]:
-    transport = MemoryTransport(MemoryBroker(), "aggregator")
-    with Service(config=config, report=lambda event, **fields: None, transport=transport) as running:
-        yield running
-
-
-def opened(running: Service) -> RoundOpened:
-    """What a round's opening leaves in the journal; its key is on disk then."""
-    engine = running.engine
-    theta = engine.versions.read_parameters(0, engine.versions.initial_digest())
-    effect = PrepareRound(round_id=ONE, base_version=0, cohort=(A,), deadline=4e9)
-    return engine.maker.prepare(effect, theta)
-
-
 def leave_a_piece(running: Service) -> Piece:
     inbox = running.engine.updates.inbox
     position = inbox.append(ONE, b"sealed")
     inbox.sync()
     return Piece(round_id=ONE, device=A, digest=sha256(b"sealed"), index=0, count=1, position=position)
-
-
-def announced(running: Service) -> list[Manifest]:
-    return [
-        Manifest.decode(unpack(message.payload, FEDERATION, Kind.MANIFEST).body)
-        for message in running.engine.outgoing
-        if message.topic == topics.manifest(FEDERATION)
-    ]
 
 
 def test_a_crash_before_an_aborted_round_was_cleaned_up_leaves_no_key_and_no_update(
@@ -92,14 +63,14 @@ def test_the_pieces_and_the_key_of_an_open_round_stay(config: AggregatorConfig) 
         running.engine.start()
         assert running.engine.ledger.durable_ends() == {ONE: piece.position}
         assert running.engine.keys.get(ONE)
-        (manifest,) = announced(running)
+        (manifest,) = announced(running.engine)
         assert (manifest.state, manifest.round_id) == (FederationState.COLLECTING, ONE)
 
 
 def test_a_federation_without_an_open_round_asks_devices_to_check_in(config: AggregatorConfig) -> None:
     with service(config) as running:
         running.engine.start()
-        (manifest,) = announced(running)
+        (manifest,) = announced(running.engine)
         assert (manifest.state, manifest.round_id) == (FederationState.WAITING, RoundId(1, 0))
 
 
@@ -125,7 +96,7 @@ def test_a_raised_generation_aborts_the_open_round_and_says_so_under_the_new_one
     with service(load_aggregator_config(tmp_path / "agg" / "aggregator.toml")) as running:
         running.engine.start()
         assert running.engine.state.phase is Phase.ABORTED
-        (manifest,) = announced(running)
+        (manifest,) = announced(running.engine)
         assert (manifest.state, manifest.round_id) == (FederationState.WAITING, RoundId(2, 1))
         records = list(running.engine.ledger.journal())
         assert isinstance(records[-1], RoundAborted)
@@ -138,6 +109,15 @@ def test_chunks_too_small_for_the_list_of_chunks_are_refused_before_serving(
     monkeypatch.setattr("aggregator.round_maker.index_bytes", lambda size, chunk: chunk + 1)
     with pytest.raises(ChunksTooSmall, match="double"), service(config):
         pass
+
+
+def test_an_artifact_without_the_plans_optimizer_is_refused_before_serving(config: AggregatorConfig) -> None:
+    with service(config) as running:
+        maker = running.engine.maker
+    manifest = dataclasses.replace(maker.artifact.manifest, optimizers={"sgd": ("momentum",)})
+    artifact = Artifact(manifest, maker.artifact.files)
+    with pytest.raises(OptimizerMissing, match=r"plan.optimizer is 'adamw'.* has graphs of sgd only"):
+        dataclasses.replace(maker, artifact=artifact, plan=dataclasses.replace(maker.plan, optimizer="adamw"))
 
 
 def test_an_open_round_is_counted_by_the_plan_of_its_manifest_whatever_the_settings_say_now(
@@ -154,6 +134,20 @@ def test_an_open_round_is_counted_by_the_plan_of_its_manifest_whatever_the_setti
         running.engine.start()
         assert running.engine._plan == promised
         assert promised.beta == 0.0
+
+
+def test_an_update_of_an_open_round_may_have_the_size_of_the_codec_that_round_asked_for(
+    config: AggregatorConfig,
+) -> None:
+    plan = dataclasses.replace(config.plan, codecs=("float32",))
+    with service(dataclasses.replace(config, plan=plan)) as running:
+        asked_for = running.engine.updates.max_bytes
+        running.engine.ledger.commit(Batch(records=(opened(running),)))
+    small = dataclasses.replace(config, plan=dataclasses.replace(config.plan, codecs=("int8-block",)))
+    with service(small) as running:
+        assert running.engine.updates.max_bytes < asked_for / 2
+        running.engine.start()
+        assert running.engine.updates.max_bytes == asked_for
 
 
 def test_an_open_round_of_another_artifact_is_refused_at_the_start(

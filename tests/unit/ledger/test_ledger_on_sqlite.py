@@ -152,9 +152,16 @@ def test_a_commit_survives_kill_9(tmp_path: Path) -> None:
         ("UPDATE journal SET seq = 7 WHERE seq = 2", "has 2 records, 0 were pruned, and it ends at 7"),
         ("UPDATE journal SET epoch = 9 WHERE seq = 1", "a fenced aggregator has committed"),
         ("DELETE FROM journal WHERE kind = 'round-opened'", "the journal contradicts itself"),
-        ("INSERT INTO versions VALUES (3, 1, 1, x'00')", "versions have a gap"),
+        ("INSERT INTO versions VALUES (3, 1, 1, x'00', NULL)", "versions have a gap"),
+        ("INSERT INTO versions VALUES (1, NULL, NULL, x'00', 0)", "versions are not those of the journal"),
+        (
+            "INSERT INTO versions VALUES (1, 1, 1, x'01', NULL), (2, NULL, NULL, x'02', 1)",
+            "version 2 does not have the parameters of version 1",
+        ),
+        ("INSERT INTO exclusions VALUES ('a', 1.0, NULL)", "not the fold of the journal"),
+        ("UPDATE standing SET paused = 1", "not the fold of the journal"),
         ("INSERT INTO counters VALUES ('journal-pruned', 1)", "has 2 records, 1 were pruned"),
-        ("INSERT INTO checkins VALUES ('a', 0, 1.0, 1, '[]', 1)", "not the fold of the journal"),
+        ("INSERT INTO checkins VALUES ('a', 0, 1.0, 1, '[]', 1, 1)", "not the fold of the journal"),
     ],
 )
 def test_the_invariants_see_tampering(tmp_path: Path, tampering: str, complaint: str) -> None:
