@@ -1,0 +1,5 @@
+"""``python -m flperftest``."""
+
+from flperftest.cli import main
+
+main()
