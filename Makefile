@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 DEMO_EXTRA := $(if $(EXPORT)$(wildcard $(STAMP)-dev),dev,tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seeds test test-long check format proto clean
+.PHONY: help setup demo demo-seeds bench test test-long check format proto clean
 .DELETE_ON_ERROR:
 
 help:            ## this list
@@ -32,6 +32,9 @@ demo: $(STAMP)-$(DEMO_EXTRA) ## train on ten device processes over a real broker
 
 demo-seeds: $(STAMP)-$(DEMO_EXTRA) ## the demo with many seeds, a line for each (EXAMPLE=... SEEDS=20, about 40 s a seed)
 	@$(BIN)/fldemo seeds $(if $(EXAMPLE),--example $(EXAMPLE)) --count $(or $(SEEDS),20) $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
+
+bench: $(STAMP)-$(DEMO_EXTRA) ## blob delivery to 1,000 clients, wave against pull, 1 and 10 MB: figures in .bench/ (about 8 min)
+	@$(BIN)/flperftest blobs --size-mb 1 --size-mb 10 --repeat 3 --json .bench/blobs.json $(ARGS)
 
 test: $(STAMP)-dev ## the tests, with the time of each directory (ARGS='tests/unit -k name')
 	@$(BIN)/python -m pytest -m 'not long' $(ARGS)
@@ -64,4 +67,4 @@ errors-page: $(STAMP)-dev ## docs/errors.md anew, from the tables of refusals an
 	@$(BIN)/python .ci/errors_page.py
 
 clean:           ## remove what the targets made
-	@rm -rf .venv .venv-* .demo build dist .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf .venv .venv-* .demo .bench build dist .mypy_cache .ruff_cache .import_linter_cache .hypothesis

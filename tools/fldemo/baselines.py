@@ -18,7 +18,7 @@ from edge_runtime.backends.ort import OrtBackend
 from edge_runtime.data import Dataset, fit_dataset
 from edge_runtime.protocol.artifact import Artifact
 from edge_runtime.protocol.plan import Plan
-from edge_runtime.training.trainer import train
+from edge_runtime.training.trainer import LocalTraining
 from fldemo.data import Samples
 from fldemo.evaluation import Evaluator
 
@@ -60,12 +60,8 @@ def train_baselines(
         name, samples = job
         session = OrtBackend().load(artifact)
         dataset: Dataset = fit_dataset((samples.x,), samples.y, artifact.manifest)
-        steps = train(session, dataset, alone, start, seed=seed_bytes(seed, name))
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return evaluator.of_theta(end.value.theta)
+        training = LocalTraining(session, dataset, alone, start, seed=seed_bytes(seed, name), version=0)
+        return evaluator.of_theta(training.run().theta)
 
     jobs = [("central", pooled), *((f"local-{i}", samples) for i, samples in enumerate(devices))]
     with ThreadPoolExecutor(THREADS) as pool:  # the runtime computes outside the interpreter's lock

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from sklearn.model_selection import train_test_split
 ALPHA = 0.3
 HELD_OUT = 0.2
 LEAST_SAMPLES = 10
+DIAGNOSES = ("benign", "malignant")
 _PIXEL_MAX = 16.0
 _MAX_DRAWS = 10_000
 
@@ -96,5 +99,25 @@ def dirichlet_parts(
 
 
 def write_npz(path: Path, samples: Samples) -> None:
-    """As a device reads it: arrays ``x`` and ``y`` (``edge_runtime.data``)."""
+    """Arrays ``x`` and ``y``."""
     np.savez(path, allow_pickle=False, x=samples.x, y=samples.y)
+
+
+def write_images(folder: Path, samples: Samples) -> str:
+    """``train.npz``; returns the [data] section of the device that reads it."""
+    write_npz(folder / "train.npz", samples)
+    return '[data]\nsource = "train.npz"\n'
+
+
+def write_patients(folder: Path, samples: Samples) -> str:
+    """``patients.csv``, as a hospital exports it; returns the [data.csv] section of the device that reads it."""
+    cancer: Any = load_breast_cancer()
+    names = [str(name).replace(" ", "_") for name in cancer.feature_names]
+    with (folder / "patients.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow([*names, "diagnosis"])
+        for row, label in zip(samples.x, samples.labels, strict=True):
+            table.writerow([*(f"{value:.9g}" for value in row), DIAGNOSES[label]])
+    words = {"inputs": [names], "target": "diagnosis", "labels": list(DIAGNOSES)}
+    settings = "".join(f"{key} = {json.dumps(value)}\n" for key, value in words.items())
+    return f'[data.csv]\nfile = "patients.csv"\n{settings}'

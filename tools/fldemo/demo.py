@@ -74,7 +74,7 @@ def run_demo(options: Options, observer: Observer) -> Result:
         stack.callback(broker.stop)
         stack.callback(supervisor.stop_all)  # before the broker
         observer.say(f"{broker.kind} runs at {broker.url}; ten devices enrol, logs are in {folders.logs}")
-        federation.set_up(artifact_folder, split.devices, example.plan, options.seed, options.rounds)
+        federation.set_up(artifact_folder, split, example, options.seed, options.rounds)
         federation.start()
         memory.start()
         stack.callback(memory.stop)

@@ -5,12 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_runtime.protocol.plan import Plan
-from fldemo.data import Split, load_breast_cancer_split, load_digits_split
+from fldemo.data import (
+    DIAGNOSES,
+    Samples,
+    Split,
+    load_breast_cancer_split,
+    load_digits_split,
+    write_images,
+    write_patients,
+)
 
 Outputs = npt.NDArray[np.float32]
 Classes = npt.NDArray[np.int64]
@@ -34,6 +43,7 @@ class Example:
     """``name``: its folder under ``examples/``. ``rounds``: versions to make. ``sample``: what a row is, plural.
 
     ``limit_points``: hundredths by which the federated score may be below central training, and one standard error.
+    ``load``: by count of devices and seed. ``write``: a device's data into its folder; returns its [data] settings.
     """
 
     name: str
@@ -44,6 +54,7 @@ class Example:
     rounds: int
     limit_points: float
     load: Callable[[int, int], Split]
+    write: Callable[[Path, Samples], str]
 
 
 def accuracy(outputs: Outputs, labels: Classes) -> float:
@@ -109,11 +120,12 @@ DIGITS = Example(
     rounds=60,
     limit_points=2.0,
     load=load_digits_split,
+    write=write_images,
 )
 BREAST_CANCER = Example(
     name="breast_cancer",
     sample="patients",
-    class_names=("benign", "malignant"),
+    class_names=DIAGNOSES,
     metric=AREA,
     # A mean share is 45 patients: 12 batches of 8 are 2 passes. Two classes split by Dirichlet(0.3) leave many
     # hospitals with one kind of patient almost only: few, small steps keep each from forgetting the other kind.
@@ -130,6 +142,7 @@ BREAST_CANCER = Example(
     rounds=40,
     limit_points=1.0,
     load=load_breast_cancer_split,
+    write=write_patients,
 )
 
 EXAMPLES: Mapping[str, Example] = {example.name: example for example in (DIGITS, BREAST_CANCER)}

@@ -16,9 +16,9 @@ from typing import Any
 
 from aggregator.broker import RunningBroker, start_broker
 from edge_runtime.protocol.errors import Fault, FleetgradError
-from edge_runtime.protocol.plan import Plan
 from fldemo.baselines import seed_bytes
-from fldemo.data import Samples, write_npz
+from fldemo.data import Samples, Split, write_npz
+from fldemo.examples import Example
 from fldemo.memory import MemorySampler
 from fldemo.processes import Child, Event, Supervisor, program, tail
 from fldemo.scenario import AGGREGATOR, DEVICES, FEDERATION, Faults, Round, settings
@@ -56,6 +56,10 @@ class Folders:
     @property
     def config(self) -> Path:
         return self.aggregator / "aggregator.toml"
+
+    @property
+    def held_out(self) -> Path:
+        return self.root / "held-out.npz"
 
     @property
     def model(self) -> Path:
@@ -120,18 +124,23 @@ class Federation:
         self._memory.watch(BROKER, self.broker.pid)
         return self.broker
 
-    def set_up(self, artifact: Path, parts: Sequence[Samples], plan: Plan, seed: int, rounds: int) -> None:
+    def set_up(self, artifact: Path, split: Split, example: Example, seed: int, rounds: int) -> None:
         """Keys, configuration, data and enrolment of all ten devices. Raises ProcessError."""
         url, folders = self._broker_url(), self.folders
         _write_private(folders.root / "run-seed.hex", seed_bytes(seed, "run").hex())
-        values = {**settings(plan, rounds), "run_seed_file": json.dumps(str(folders.root / "run-seed.hex"))}
+        write_npz(folders.held_out, split.held_out)  # what each version is judged by
+        files = {"run_seed_file": folders.root / "run-seed.hex", "evaluation.data": folders.held_out}
+        values = {
+            **settings(example.plan, rounds),
+            **{key: json.dumps(str(path)) for key, path in files.items()},
+        }
         chosen = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
         init = ["--folder", str(folders.aggregator), "--federation", FEDERATION, "--artifact", str(artifact)]
         self._run_all({"init": _aggregator("init", *init, "--broker", url, *chosen)})
         registrar = _aggregator("registrar", "serve", "--folder", str(folders.registrar), "--broker", url)
         self._start(REGISTRAR, registrar)
-        for device, samples in zip(DEVICES, parts, strict=True):
-            self._write_device(device, samples, seed)
+        for device, samples in zip(DEVICES, split.devices, strict=True):
+            self._write_device(device, example.write, samples, seed)
         ask = ("--folder", str(folders.registrar), "--broker", url)
         tokens = self._run_all({d: _aggregator("enroll-token", *ask, "--device", d) for d in DEVICES})
         for device in DEVICES:
@@ -209,19 +218,22 @@ class Federation:
 
     # ---- pieces -------------------------------------------------------------------------------------
 
-    def _write_device(self, device: str, samples: Samples, seed: int) -> None:
+    def _write_device(
+        self, device: str, write: Callable[[Path, Samples], str], samples: Samples, seed: int
+    ) -> None:
         folder = self.folders.device(device)
         folder.mkdir(parents=True)
-        write_npz(folder / "train.npz", samples)
+        data = write(folder, samples)
         _write_private(folder / "seed.hex", seed_bytes(seed, device).hex())
         lines = (
             'state_folder = "state"',
-            "[data]",
-            'source = "train.npz"',
+            data,
             "[limits]",
             "threads = 1",
             "[training]",
             'seed_file = "seed.hex"',
+            "[policy]",
+            "enabled = false",  # ten devices share this machine: it is loaded, and may be a laptop on battery
         )
         (folder / "device.toml").write_text("\n".join(lines) + "\n", "utf-8")
 
