@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 DEMO_EXTRA := $(if $(EXPORT)$(wildcard $(STAMP)-dev),dev,tools)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-seeds bench test test-long check format proto clean
+.PHONY: help setup demo demo-seeds bench test test-long check format proto errors-page clean
 .DELETE_ON_ERROR:
 
 help:            ## this list
@@ -34,7 +34,7 @@ demo-seeds: $(STAMP)-$(DEMO_EXTRA) ## the demo with many seeds, a line for each 
 	@$(BIN)/fldemo seeds $(if $(EXAMPLE),--example $(EXAMPLE)) --count $(or $(SEEDS),20) $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 
 bench: $(STAMP)-$(DEMO_EXTRA) ## blob delivery to 1,000 clients, wave against pull, 1 and 10 MB: figures in .bench/ (about 8 min)
-	@$(BIN)/flperftest blobs --size-mb 1 --size-mb 10 --repeat 3 --json .bench/blobs.json $(ARGS)
+	@$(BIN)/flperftest blobs --size-mb 1 --size-mb 10 --repeat 2 --json .bench/blobs.json $(ARGS)
 
 test: $(STAMP)-dev ## the tests, with the time of each directory (ARGS='tests/unit -k name')
 	@$(BIN)/python -m pytest -m 'not long' $(ARGS)

@@ -25,9 +25,17 @@ HEAD = """# Errors and refusals
 
 Generated from the code by `make errors-page`; `make check` fails when it is out of date.
 
-Every program ends with exit code 1 and one line on stderr, `program: what is wrong, where, and what to do`. The
-tables say for each kind of error whose it is to mend. What a stranger sends is never an error of the program that
-receives it: it is refused, counted by its code and answered where the protocol has an answer.
+A program that cannot go on says on stderr, a line for each problem, what is wrong, where, and what to do; it
+ends with
+
+| exit code | meaning | what to do |
+|---|---|---|
+| 1 | an error of the tables below, or a check that failed (`doctor`, `check`, `--verify`) | as its row says |
+| 1 | an option has a value that does not fit the others or the files (`FleetgradError` itself) | as the line says |
+| 2 | the command line is not understood: an option is missing, unknown or out of range | `--help` of that command |
+
+The tables say for each kind of error whose it is to mend. What a stranger sends is never an error of the program
+that receives it: it is refused, counted by its code and answered where the protocol has an answer.
 
 ## Refusals
 

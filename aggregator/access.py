@@ -74,6 +74,16 @@ def rules(federation: FederationId) -> tuple[Rule, ...]:
     return tuple(sorted(allowed, key=lambda rule: (order.index((rule.role, rule.action)), rule.pattern)))
 
 
+def kept_from(role: Role, federation: FederationId) -> tuple[str, ...]:
+    """What a broker must deny ``role`` by name, if it takes the rules of devices for rules of every user.
+
+    Not what the role has a rule of its own for: the aggregator may then also read what it says to all.
+    """
+    own = {rule.pattern for rule in rules(federation) if rule.role is role}
+    patterns = {rule.pattern for rule in rules(federation) if rule.role is Role.DEVICE}
+    return tuple(sorted(pattern.replace(OWN, role.value) for pattern in patterns - own))
+
+
 _WRITER = {
     Signer.DEVICE: Role.DEVICE,
     Signer.AGGREGATOR: Role.AGGREGATOR,

@@ -20,6 +20,7 @@ from edge_runtime.protocol.rejects import Reject
 
 MAX_PULL = 64  # pieces of one request; the device asks again for the rest
 MAX_GATHERS = 20  # a wave waits at most so many times ``gather_s``, or as long as it will take
+MISSED_SHARE = 0.05  # of its delivery a wave waits for those who are expected and have not asked yet
 SETTLE_S = 5.0  # after a wave, or as long as it took: its pieces are still on their way to some
 LATE_S = 1.0  # of the pace goes to those who asked too late for a wave; the others pull once it is silent
 
@@ -61,11 +62,12 @@ class BlobServer:
     federation: FederationId
     chunk_bytes: int
     gather_s: float = 0.03
-    bytes_per_s: float = 200e6
+    bytes_per_s: float = 100e6
     _offers: dict[Digest, _Offer] = field(default_factory=dict)
     _queue: deque[_Piece] = field(default_factory=deque)
     _queued: set[_Piece] = field(default_factory=set)
     _free_at: float = 0.0
+    _now: float = 0.0
 
     def offer(self, content: bytes, expected: int = 0) -> BlobRef:
         """Serve this content from now on; the same content again is the same blob.
@@ -91,6 +93,7 @@ class BlobServer:
 
     def request(self, now: float, device: DeviceId, fetch: Fetch) -> None:
         """Note what somebody wants. Raises RemoteProtocolError(UNKNOWN_BLOB, MALFORMED)."""
+        self._follow(now)
         offer = self._offers.get(fetch.digest)
         if offer is None:
             raise RemoteProtocolError(Reject.UNKNOWN_BLOB, f"{fetch.digest.hex()[:16]} is not offered")
@@ -109,6 +112,7 @@ class BlobServer:
 
     def due(self, now: float) -> list[tuple[str, bytes]]:
         """(topic, payload) to publish now; call again at ``wake_at``."""
+        self._follow(now)
         for digest, offer in self._offers.items():
             if offer.wave_at is not None and now >= offer.wave_at:
                 offer.wave_at = None
@@ -150,6 +154,18 @@ class BlobServer:
         """Pieces that wait for their time."""
         return len(self._queue)
 
+    def _follow(self, now: float) -> None:
+        """If the clock was set back, what is to come stays as far away as it was."""
+        if (back := self._now - now) > 0:
+            self._free_at -= back
+            for offer in self._offers.values():
+                offer.first_asked_at -= back
+                offer.wave_began_at -= back
+                offer.settles_at -= back
+                if offer.wave_at is not None:
+                    offer.wave_at -= back
+        self._now = now
+
     def _gather(self, now: float, offer: _Offer, device: DeviceId) -> None:
         if offer.wave_at is None:
             offer.first_asked_at = now
@@ -159,7 +175,9 @@ class BlobServer:
             return
         delivery_s = max(len(offer.listeners), offer.expected) * offer.index.size / self.bytes_per_s
         patience_s = max(MAX_GATHERS * self.gather_s, delivery_s)
-        offer.wave_at = min(now + self.gather_s, offer.first_asked_at + patience_s)
+        # While some are missing a short silence says only that the broker is busy, or that they are gone.
+        missed_until = offer.first_asked_at + MISSED_SHARE * delivery_s if offer.expected else 0.0
+        offer.wave_at = min(max(now + self.gather_s, missed_until), offer.first_asked_at + patience_s)
 
     def _serve_late(self, offer: _Offer, device: DeviceId) -> None:
         if offer.in_wave:

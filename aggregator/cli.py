@@ -22,6 +22,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="""Run a federation: devices train, this sums their encrypted updates exactly once, whatever dies.
 
     First `aggregator init`, then `aggregator registrar serve` while devices enrol with tokens of
@@ -55,10 +57,16 @@ def init(
     from aggregator.setup import initialise
 
     path = initialise(folder, federation, artifact, broker, settings or [])
+    tls = ""
+    if broker.startswith("mqtts:"):
+        tls = (
+            f"first, for a broker that asks for certificates: aggregator registrar tls --folder "
+            f"{folder / 'registrar'} --host NAME --out {folder / 'tls'}\n"
+        )
     typer.echo(
         f"{path} is ready; the root key is in {folder / 'registrar'}: back it up, and move that folder to another "
         "machine if devices are to be certified elsewhere.\n"
-        f"next: aggregator registrar serve --folder {folder / 'registrar'} --broker {broker}\n"
+        f"{tls}next: aggregator registrar serve --folder {folder / 'registrar'} --broker {broker}\n"
         f"      aggregator enroll-token --folder {folder / 'registrar'} --broker {broker} > token.txt\n"
         f"      aggregator serve --config {path}"
     )
@@ -183,8 +191,10 @@ def export_model(
     finally:
         ledger.close()
     wanted = version if version is not None else max(known, default=0)
+    if not known:
+        raise FleetgradError("no version is published yet: `aggregator status` shows how far the round is")
     if wanted not in known:
-        raise FleetgradError(f"there is no version {wanted}; there are {len(known)}, numbered from 1")
+        raise FleetgradError(f"there is no version {wanted}; the newest is {max(known)}")
     for path in open_versions(loaded).export(wanted, out):
         typer.echo(str(path))
 

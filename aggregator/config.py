@@ -24,6 +24,7 @@ from edge_runtime.settings import BadSetting, ConfigError, Problem, read_documen
 from edge_runtime.transport.broker_config import BrokerConfig
 
 MAX_DEADLINE_S = 30 * 24 * 3600
+_TOGETHER = "values that do not fit together"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class DeliveryConfig:
 
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
     gather_s: float = 0.03
-    bytes_per_s: float = 200e6
+    bytes_per_s: float = 100e6
 
     def __post_init__(self) -> None:
         require(
@@ -134,7 +135,8 @@ class AggregatorConfig:
         require(self.generation >= 1, "generation", self.generation, "at least 1")
         require(self.broker.url is not None, "broker.url", None, "name the broker: mqtt://host:port")
         problem = self.round.problem()
-        require(problem is None, "round", "values that do not fit together", problem or "")
+        if problem is not None:
+            raise BadSetting("round", _TOGETHER, problem)
         require(
             self.round.deadline_s <= MAX_DEADLINE_S,
             "round.deadline_s",
@@ -160,7 +162,8 @@ class AggregatorConfig:
             f"choose from {', '.join(SHAPES)}",
         )
         problem = self.plan.problem()
-        require(problem is None, "plan", "values that do not fit together", problem or "")
+        if problem is not None:
+            raise BadSetting("plan", _TOGETHER, problem)
         unknown = [name for name in self.plan.codecs if name not in CODECS]
         require(not unknown, "plan.codecs", unknown, f"choose from {', '.join(CODECS)}")
         count = len(self.plan.codecs)

@@ -40,6 +40,8 @@ from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.rounds import MOVES, FederationState, Phase
 from edge_runtime.protocol.tensors import Vector
 
+MAX_WAITING = 100  # messages that the broker has not taken yet: above that no pieces of blobs join them
+
 
 @dataclass(kw_only=True)
 class Engine:
@@ -118,8 +120,8 @@ class Engine:
         if self._manifest is None and not self.drained:
             self._rest(FederationState.WAITING)
         self.versions.prune(self.state.version)
-        self._evaluate(0)
-        self._evaluate(self.state.version)
+        for version in (0, *reversed(self.versions.kept(self.state.version))):
+            self._evaluate(version)  # the newest first; those that a crash has kept waiting too
 
     def handle(self, batch: Sequence[Incoming]) -> None:
         """Verify and commit a batch. After it returns the messages may be acknowledged to the broker."""
@@ -137,7 +139,8 @@ class Engine:
         self._take_evaluations()
         if self.wake_at is None or now >= self.wake_at or self._resting():
             self._decide(events.Tick())
-        self.outgoing.extend(Outgoing(topic, payload) for topic, payload in self.blobs.due(now))
+        if len(self.outgoing) < MAX_WAITING:
+            self.outgoing.extend(Outgoing(topic, payload) for topic, payload in self.blobs.due(now))
 
     def next_wake(self) -> float | None:
         """When ``tick`` is wanted at the latest."""
@@ -294,7 +297,7 @@ class Engine:
         if self.revocations is None:
             return False
         try:
-            found = self.revocations.newer_than(self.state.revocations)
+            found = self.revocations.newer_than(self.state.revocations, self.state.revoked)
         except RevocationsError as error:
             self.report("revocations_refused", reason=str(error))
             return False

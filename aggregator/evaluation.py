@@ -58,7 +58,7 @@ class Evaluator:
         try:
             self._data = load_dataset(source, artifact.manifest)
         except DataError as error:
-            raise EvaluationError(f"[evaluation] {error}") from error
+            raise EvaluationError(f"evaluation.data: {error}") from error
         self._every = config.every
         self._threads = config.threads
         self._artifact = artifact

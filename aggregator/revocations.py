@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from edge_runtime.protocol.crypto.keys import VerifyKey
 from edge_runtime.protocol.crypto.provider import CryptoProvider
 from edge_runtime.protocol.errors import Fault, FleetgradError, RemoteProtocolError
 from edge_runtime.protocol.identities import RevocationList
-from edge_runtime.protocol.ids import FederationId
+from edge_runtime.protocol.ids import DeviceId, FederationId
 
 MAX_FILE_BYTES = 16 << 20  # of hex: more than the largest list has
 
@@ -32,10 +33,12 @@ class RevocationsFile:
     root: VerifyKey
     federation: FederationId
 
-    def newer_than(self, number: int) -> RevocationList | None:
-        """The list, if its number is above that of the one taken last; None if it is the same one.
+    def newer_than(self, number: int, revoked: Mapping[DeviceId, int]) -> RevocationList | None:
+        """The list, if its number is above ``number``, that of the one taken last; None if it is the same one.
 
-        A file that is not there is no list yet, as long as none was taken. Raises RevocationsError.
+        ``revoked``: by device, the epochs of that one. A registrar that was restored from a backup would give its
+        number to another list. A file that is not there is no list yet, as long as none was taken.
+        Raises RevocationsError.
         """
         try:
             with self.path.open("rb") as file:
@@ -54,4 +57,11 @@ class RevocationsFile:
             raise RevocationsError(f"{self.path} is refused ({reason}); list {number} holds") from error
         if found.number < number:
             raise RevocationsError(f"{self.path} is list {found.number}; the newer list {number} holds")
-        return found if found.number > number else None
+        if found.number > number:
+            return found
+        if {entry.device: entry.epoch for entry in found.entries} != revoked:
+            raise RevocationsError(
+                f"{self.path} is another list {number} than the one taken, which holds: was the registrar restored "
+                "from a backup? Revoke again what was revoked since, until its list has a higher number"
+            )
+        return None

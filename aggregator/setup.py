@@ -110,7 +110,7 @@ COMMENTS: dict[str, dict[str, str]] = {
         "chunk_bytes": "Packet size of models and updates; the broker must allow 512 bytes more.",
         "gather_s": "A model is sent to all who asked once nobody else has asked for so many seconds.",
         "bytes_per_s": "Pace of what the broker sends on to devices, all together: what its network carries "
-        "and its devices read. Above that the broker fills its memory. One gigabit link: 110e6.",
+        "and its devices read; above that the broker fills its memory. The default suits a gigabit link.",
     },
     "versions": {
         "keep": "How many of the newest versions stay on disk, to export or roll back to; 0: all.",

@@ -28,6 +28,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="""Train shared models on this machine's own data; only compressed, encrypted updates leave it.
 
     First `edge-runtime enroll` once, with a token from the operator, then `edge-runtime run`. `edge-runtime status`
@@ -231,7 +233,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8", errors="replace")
     except OSError as error:
-        raise FleetgradError(f"{path} cannot be read: {error.strerror}") from error
+        raise FleetgradError(
+            f"{path} cannot be read: {error.strerror}; name the file that holds the token, or - for the terminal"
+        ) from error
 
 
 def main() -> None:

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_runtime import session_values as sv
-from edge_runtime.backends.base import Backend
+from edge_runtime.backends.base import Backend, BackendError
 from edge_runtime.config import DeviceConfig
-from edge_runtime.data import load_dataset
+from edge_runtime.data import DataError
 from edge_runtime.device import readings
 from edge_runtime.device.snapshot import Sensors, Snapshot
 from edge_runtime.device.watch import PolicyWatch
 from edge_runtime.protocol import codecs, topics
-from edge_runtime.protocol.artifact import Artifact, from_bundle
 from edge_runtime.protocol.crypto.prg import derive_seed
 from edge_runtime.protocol.crypto.provider import CryptoProvider
 from edge_runtime.protocol.errors import Fault, FleetgradError, RemoteProtocolError
@@ -31,7 +30,7 @@ from edge_runtime.protocol.tensors import TensorError, vector_from_bytes
 from edge_runtime.session import Session, standing_subscriptions
 from edge_runtime.store import DeviceStore
 from edge_runtime.training.trainer import TrainingDiverged, TrainingResult, batch_seed
-from edge_runtime.training_run import LoadedModel, TrainingRun
+from edge_runtime.training_run import LoadedModel, TrainingRun, load_model
 from edge_runtime.transport import base as transport_base
 from edge_runtime.transport.base import NotConnected, Transport
 
@@ -125,7 +124,8 @@ class Runtime:
         """Until ``should_stop``, or until the federation is finished.
 
         should_stop: asked before each training step and each piece of an upload too; once True, for ever.
-        Raises BrokerUnreachable, PayloadTooLarge, DataError, BackendError: each says what to do.
+        Raises BrokerUnreachable, PayloadTooLarge, and DataError where the data never fitted: each says what to do.
+        A backend that fails, or data that fitted once, cost the round alone: the next may find them mended.
         """
         self._should_stop = should_stop
         for pattern in standing_subscriptions(self.identity):
@@ -258,12 +258,16 @@ class Runtime:
         """
         started_at = self.clock()
         for message in effect.messages:
-            if self._should_stop() or not self._publish(message.topic, message.payload):
+            if not self._may_go_on_sending() or not self._publish(message.topic, message.payload):
                 break
-        while not self._should_stop() and not self.transport.flush(FLUSH_POLL_S):
+        while self._may_go_on_sending() and not self.transport.flush(FLUSH_POLL_S):
             if self.clock() - started_at > MAX_UPLOAD_S:
                 break
         self._handle(sv.UpdateSent(effect.round_id, self.clock() - started_at))
+
+    def _may_go_on_sending(self) -> bool:
+        self._heed_policy()
+        return self._session.may_send and not self._should_stop()
 
     def _say_presence(self, word: bytes) -> None:
         self._publish(topics.presence(self.identity.federation, self.identity.device), word, retain=True)
@@ -278,29 +282,24 @@ class Runtime:
                 self.report("artifact_lost", round=manifest.round_id.number)
                 self._handle(sv.ArtifactLost(effect))
                 return
-            codec = next(name for name in manifest.plan.codecs if name in codecs.available())
             theta = vector_from_bytes(manifest.parameter_count, effect.model)
             if model.parameter_count != manifest.parameter_count:
                 raise RemoteProtocolError(
                     Reject.WRONG_SIZE,
                     f"artifact of {model.parameter_count} parameters, manifest of {manifest.parameter_count}",
                 )
-        except StopIteration:
-            self._sit_out(
-                manifest.round_id, f"no codec of {', '.join(manifest.plan.codecs)} can be used here"
+            run = self._run = TrainingRun(
+                *(effect, theta, model),
+                seed=batch_seed(self.seed, manifest.round_id, self.identity.device),
+                checkpoints=self.store.checkpoints,
+                every_s=self.config.training.checkpoint_s,
+                clock=self.clock,
             )
-            return
-        except (RemoteProtocolError, TensorError) as error:
+        except (RemoteProtocolError, TensorError, BackendError, DataError) as error:
+            if isinstance(error, DataError) and self._samples == 0:
+                raise  # it has never worked: better told to the engineer who has just started it
             self._sit_out(manifest.round_id, str(error))
             return
-        run = self._run = TrainingRun(
-            *(effect, theta, model),
-            codec=codec,
-            seed=batch_seed(self.seed, manifest.round_id, self.identity.device),
-            checkpoints=self.store.checkpoints,
-            every_s=self.config.training.checkpoint_s,
-            clock=self.clock,
-        )
         number = manifest.round_id.number
         if run.damage is not None:
             self.report("checkpoint_damaged", round=number, detail=run.damage)
@@ -318,11 +317,9 @@ class Runtime:
         content = self.store.blobs.get(digest)
         if content is None:
             return None
-        artifact: Artifact = from_bundle(content)
-        dataset = load_dataset(data.origin, artifact.manifest, max_bytes=data.max_bytes)
-        session = self.backend.load(artifact, threads=self.config.limits.threads)
-        self._model = LoadedModel(digest, artifact.manifest.parameter_count, session, dataset, stamp)
-        self._samples = dataset.samples
+        self._model = None  # memory may not hold two
+        self._model = load_model(digest, content, data, self.backend, self.config.limits.threads)
+        self._samples = self._model.dataset.samples
         return self._model
 
     def _train_a_while(self) -> None:
@@ -338,7 +335,7 @@ class Runtime:
                     return
                 if self.clock() >= until:
                     break
-        except TrainingDiverged as error:
+        except (TrainingDiverged, BackendError) as error:
             self._run = None
             self._sit_out(run.round_id, str(error))
             return
@@ -371,8 +368,14 @@ class Runtime:
         self._handle(sv.TrainingFailed(round_id, reason))
 
     def _checkpoint(self, run: TrainingRun) -> None:
-        if run.save():
-            self.report("checkpoint_written", round=run.round_id.number, step=run.step)
+        number = run.round_id.number
+        try:
+            if run.save():
+                self.report("checkpoint_written", round=number, step=run.step)
+        except (
+            OSError
+        ) as error:  # it only saves time; a disk that takes no update either stops the device then
+            self.report("checkpoint_failed", round=number, reason=str(error))
 
     def _pause_training(self, reason: str) -> None:
         """To be resumed, here or in the next life of this device; memory is free meanwhile."""

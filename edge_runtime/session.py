@@ -55,6 +55,7 @@ class Session:
     manifest: Manifest | None = field(default=None, init=False)
     manifest_digest: Digest | None = field(default=None, init=False)
     resends: int = field(default=0, init=False)
+    may_send: bool = field(default=True, init=False)
     _certificate: AggregatorCertificate | None = field(default=None, init=False)
     _fetches: dict[Digest, BlobFetch] = field(default_factory=dict, init=False)
     _blobs: dict[Digest, bytes] = field(default_factory=dict, init=False)
@@ -62,7 +63,6 @@ class Session:
     _sent: int = field(default=0, init=False)
     _checkin_at: float = field(default=0.0, init=False)
     _absent_until: float = field(default=0.0, init=False)  # 0: eligible; infinite: not
-    _may_send: bool = field(default=True, init=False)
     _artifact_lost_in: Digest | None = field(
         default=None, init=False
     )  # manifest in which one was fetched anew
@@ -126,7 +126,7 @@ class Session:
         times = [fetch.next_ask_at for fetch in self._fetches.values()]
         if 0 < self._absent_until < math.inf:
             times.append(self._absent_until)
-        if self.pending and self._may_send:
+        if self.pending and self.may_send:
             times.append(self._send_at)
         if not self.pending and self._may_check_in():
             times.append(self._checkin_at)
@@ -140,7 +140,7 @@ class Session:
         if 0 < self._absent_until <= now:
             self._absent_until, self._checkin_at = 0.0, now  # the last ticket may have been used up
             self._begin(now, effects)
-        if self.pending and self._may_send and now >= self._send_at:
+        if self.pending and self.may_send and now >= self._send_at:
             self._sent += 1
             self.resends += self._sent > 1
             self._send_at = math.inf
@@ -183,7 +183,7 @@ class Session:
 
     def _heed(self, now: float, event: sv.Eligibility, effects: list[sv.Effect]) -> None:
         """Not eligible, nothing is said: the ticket runs out, or costs one round at most, which uses it up."""
-        self._may_send = event.may_send
+        self.may_send = event.may_send
         if event.may_train:
             if self._absent_until == math.inf:
                 self._absent_until = now + RETURN_WITHIN_S * self._random()

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edge_runtime import session_values as sv
-from edge_runtime.backends.base import TrainingSession
-from edge_runtime.data import Dataset
+from edge_runtime.backends.base import Backend, TrainingSession
+from edge_runtime.config import DataConfig
+from edge_runtime.data import Dataset, load_dataset
 from edge_runtime.protocol import codecs
+from edge_runtime.protocol.artifact import from_bundle
 from edge_runtime.protocol.crypto.prg import Stream
 from edge_runtime.protocol.ids import Digest, RoundId, sha256
 from edge_runtime.protocol.messages import Update
@@ -36,13 +38,27 @@ class LoadedModel:
     data_stamp: object
 
 
+def load_model(
+    digest: Digest, bundle: bytes, data: DataConfig, backend: Backend, threads: int
+) -> LoadedModel:
+    """The artifact in ``bundle`` with the local samples, which fit it.
+
+    Raises RemoteProtocolError for the bundle; DataError; BackendError.
+    """
+    stamp = data.origin.stamp()  # before the data: what changes while they are read is read again
+    artifact = from_bundle(bundle)
+    dataset = load_dataset(data.origin, artifact.manifest, max_bytes=data.max_bytes)
+    session = backend.load(artifact, threads=threads)
+    return LoadedModel(digest, artifact.manifest.parameter_count, session, dataset, stamp)
+
+
 class TrainingRun:
     """From one ``Train`` to an update. ``base``: its model, float32 (d,). ``seed``: 32 bytes (``batch_seed``).
 
     every_s: seconds of ``clock`` between two checkpoints.
     Goes on from a checkpoint of the same training, if one is kept: ``resumed_at`` is its step, 0 without.
     ``damage``: why one that was there could not be used; it is gone then.
-    Raises BackendError.
+    Raises RemoteProtocolError if no codec of the plan can be used here; BackendError.
     """
 
     def __init__(
@@ -51,7 +67,6 @@ class TrainingRun:
         base: Vector,
         model: LoadedModel,
         *,
-        codec: str,
         seed: bytes,
         checkpoints: Checkpoints,
         every_s: float,
@@ -61,7 +76,7 @@ class TrainingRun:
         self._train = replace(train, model=b"")
         self._binding = sha256(seed, fingerprint(model.dataset))
         self._base = base
-        self._codec = codec
+        self._codec = codecs.choose(train.manifest.plan.codecs)
         self._checkpoints = checkpoints
         self._every_s = every_s
         self._clock = clock

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,27 +37,36 @@ def read_weights(path: Path) -> Arrays:
     suffix = path.suffix.lower()
     try:
         if suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
+            return _read_npz(path)
         if suffix == ".safetensors":
             with safetensors.safe_open(path, framework="numpy") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        EOFError,
-        zipfile.BadZipFile,
-        safetensors.SafetensorError,
-    ) as error:
+    except WeightsError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy's parser of headers share no base class
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise WeightsError(f"{path}: cannot be read: {reason}") from error
+        raise WeightsError(
+            f"{path}: cannot be read: {reason}; name an .npz or .safetensors file that exists"
+        ) from error
     if suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise WeightsError(
             f"{path} is a pickle, which can run code when it is read. Where you trust it, convert it: "
             f"{_CONVERT}"
         )
     raise WeightsError(f"{path}: must end in .npz or .safetensors")
+
+
+def _read_npz(path: Path) -> Arrays:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd headers: they say nothing about the weights
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            raise WeightsError(f"{path} is one array without a name, an .npy file: use numpy.savez")
+        with found:
+            arrays = {name: found[name] for name in found.files}
+    if strange := [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]:
+        raise WeightsError(f"{path}: no arrays: {_list(strange)}")
+    return arrays
 
 
 def load_weights(model: Model, weights: Arrays, source: str) -> None:
@@ -80,7 +89,8 @@ def load_weights(model: Model, weights: Arrays, source: str) -> None:
         elif array.dtype.kind == "f" and not np.isfinite(array).all():
             faults.append(f"{name} is not finite")
         elif not np.array_equal(chosen.setdefault(tied.get(name, name), array), array):
-            faults.append(f"{name} and {tied[name]} are one tensor of the module, but differ in the file")
+            others = [other for other in weights if other != name and tied.get(other) == tied[name]]
+            faults.append(f"{name} and {_list(others)} are one tensor of the module, but differ in the file")
     unknown = sorted(weights.keys() - state.keys())
     missing = [spec.name for spec in model.specs if spec.name not in {tied.get(n, n) for n in weights}]
     for what, names in (("missing", missing), ("unknown", unknown)):

@@ -6,7 +6,7 @@ import ipaddress
 from itertools import groupby
 from pathlib import Path
 
-from aggregator.access import Action, Role, rules
+from aggregator.access import Action, Role, kept_from, rules
 from aggregator.files import make_private_folder, write_atomic
 from edge_runtime.protocol.chunks import DEFAULT_CHUNK_BYTES
 from edge_runtime.protocol.envelope import OVERHEAD_BYTES
@@ -38,7 +38,12 @@ def acl_text(federation: FederationId) -> str:
     ]
     for role, group in groupby(rules(federation), key=lambda rule: rule.role):
         if role is not Role.DEVICE:
-            lines += ["", f"user {role.value}"]
+            lines += [
+                "",
+                f"user {role.value}",
+                "# what a pattern above would allow: patterns are for every user",
+            ]
+            lines += [f"topic deny {pattern}" for pattern in kept_from(role, federation)]
         for rule in group:
             word = "pattern" if role is Role.DEVICE else "topic"
             lines += [f"# {rule.why}", f"{word} {_ACCESS[rule.action]} {rule.pattern}"]
@@ -77,6 +82,7 @@ def config_text(
 # After a revocation:    copy the new revoked.crl over the one here, then `kill -HUP` (systemctl reload mosquitto).
 # Started by root, mosquitto becomes the user `mosquitto`, who must be able to read all files named here and to
 # write in {DATA_FOLDER}/:      chown -R mosquitto: {folder}
+# and to enter every folder above: not below one that is closed to others, such as that of `aggregator init`.
 
 # --- Who gets in ------------------------------------------------------------------------------------------------
 # One port, TLS on both sides. `aggregator registrar tls` made these files; the same authority signs the clients'.

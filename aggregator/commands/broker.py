@@ -10,7 +10,9 @@ import typer
 from edge_runtime.protocol.errors import FleetgradError, RemoteProtocolError
 from edge_runtime.protocol.ids import FederationId, federation_id
 
-broker_config_app = typer.Typer(no_args_is_help=True, help="Write the configuration of a broker of your own.")
+broker_config_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+
+_TLS_PORT = 8883
 
 
 @broker_config_app.callback()
@@ -30,9 +32,12 @@ def broker_config_mosquitto(
         str | None, typer.Option(help="The federation's name; --config says it too.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="aggregator.toml: federation and chunk size.")
+        Path | None, typer.Option("--config", "-c", help="aggregator.toml: federation, chunk size, port.")
     ] = None,
-    port: Annotated[int, typer.Option(help="TCP port for TLS.")] = 8883,
+    port: Annotated[
+        int | None,
+        typer.Option(help="TCP port for TLS; by default that of --config's URL if mqtts, else 8883."),
+    ] = None,
     bind: Annotated[str | None, typer.Option(help="IP address to listen on; all by default.")] = None,
     path: Annotated[
         Path | None,
@@ -47,11 +52,15 @@ def broker_config_mosquitto(
     from aggregator.broker import write_config
     from aggregator.config import load_aggregator_config
     from edge_runtime.protocol.chunks import DEFAULT_CHUNK_BYTES
+    from edge_runtime.transport.address import parse_broker_url
 
     name, chunk_bytes = federation, DEFAULT_CHUNK_BYTES
     if config is not None:
         loaded = load_aggregator_config(config)
         name, chunk_bytes = federation or loaded.federation, loaded.delivery.chunk_bytes
+        url = loaded.broker.url
+        if port is None and url is not None and url.startswith("mqtts:"):
+            port = parse_broker_url(url).port
         if name != loaded.federation:
             raise FleetgradError(
                 f"--federation {name}, but {config} is of {loaded.federation}: leave one out"
@@ -64,13 +73,16 @@ def broker_config_mosquitto(
         out,
         _federation(name),
         path=path,
-        port=port,
+        port=_TLS_PORT if port is None else port,
         bind=bind,
         chunk_bytes=chunk_bytes,
         force=force,
     )
     if missing:
-        typer.echo(f"still missing in {out}: {', '.join(missing)} (`aggregator registrar tls` makes them)")
+        typer.echo(
+            f"still missing in {out}: {', '.join(missing)} "
+            "(`aggregator registrar tls` makes them; with --force where some are there)"
+        )
     typer.echo(f"next: mosquitto -c {written if path is None else path / written.name}")
 
 

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from aggregator.registrar import Registrar
 
 registrar_app = typer.Typer(
-    no_args_is_help=True, help="The root of trust: certifies devices and aggregators."
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="""The root of trust: certifies devices and aggregators. `aggregator init` makes its folder.
+
+    Next: `aggregator registrar serve` while devices enrol; `aggregator registrar tls` first, for a broker that asks
+    for certificates.""",
 )
 MAX_EXPIRES_H = 10 * 365 * 24
 BrokerUrl = Annotated[str, typer.Option("--broker", help="mqtt://host:port, or mqtts:// for TLS.")]
@@ -97,6 +102,8 @@ def registrar_devices(folder: RegistrarFolder) -> None:
             if end is not None:
                 words.append(f"TLS {'ended' if end < time.time() else 'until'} {_day(end)}")
             typer.echo("  ".join(words))
+        if not devices:
+            typer.echo("no device has enrolled yet: `aggregator enroll-token` makes what one needs")
 
 
 @registrar_app.command("tls")
@@ -124,7 +131,7 @@ def registrar_tls(
     roles = {"aggregator": Role.AGGREGATOR} | ({"observer": Role.OBSERVER} if observer else {})
     with _opened(folder) as authority:
         for name in ("broker", *roles):
-            check_writable(out / name, force=force)
+            check_writable(out / name, force=force, otherwise=", or renew what is in it with --force")
         authority.set_up_tls(now, days)
         write_folder(out / "broker", kit.broker_files(authority, host, now, days), force=force)
         for name, role in roles.items():
@@ -191,8 +198,8 @@ def registrar_revoke(
                 "no certificate" if revoked.epoch is None else f"its certificate (epoch {revoked.epoch})"
             )
             typer.echo(
-                f"revoked of {device}: {certificate}, {revoked.tls_certificates} TLS certificates, "
-                f"{revoked.tokens} unused tokens"
+                f"revoked of {device}: {certificate}, TLS certificates {revoked.tls_certificates}, "
+                f"unused tokens {revoked.tokens}"
             )
         typer.echo(
             f"for the aggregator, at the place its revocations_file names: {authority.revocations_file}"

@@ -116,6 +116,10 @@ def _restore(state: State, rules: RoundRules, now: float, order: RestoreOrdered)
         ended = abort(current.round_id, rules, now, reason)
         records, effects = ended.records, ended.effects
         answer += f"; round {current.round_id.number} was aborted"
+    if version >= rules.rounds:
+        answer += (
+            f"; all {rules.rounds} versions are made: to train on from it, raise round.rounds and start again"
+        )
     restored = VersionRestored(version=version, of=order.of, model_digest=order.model_digest)
     return Decision(
         (*records, restored), (*effects, PublishRestored(version=version, of=order.of)), now, answer

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 from sqlalchemy import Connection, func, select
 
-from aggregator.core.records import UpdateStored, VersionCommitted, VersionRestored
+from aggregator.core.records import RoundFrozen, UpdateStored, VersionCommitted, VersionRestored
 from aggregator.core.state import State, fold
 from aggregator.core.step import barred
 from aggregator.ledger import queries, recovery, tables
 from aggregator.ledger.ledger import Ledger
 from aggregator.ledger.values import RoundRow, UpdateRow, VersionRow
 from edge_runtime.protocol.errors import LocalProtocolError
+from edge_runtime.protocol.ids import DeviceId, RoundId
 from edge_runtime.protocol.rounds import MOVES, Outcome, Phase
 
 _ALL = 1 << 31
@@ -101,17 +102,21 @@ def _check_version(version: VersionRow, row: RoundRow) -> Iterator[str]:
 def _every_update_has_its_outcome(connection: Connection) -> Iterator[str]:
     versions = {row.round_id: row.version for row in queries.versions(connection)}
     rounds = queries.rounds(connection, _ALL)
+    journalled: list[tuple[RoundId, DeviceId]] = []
+    accepted: dict[RoundId, tuple[DeviceId, ...]] = {}
+    for record in recovery.read_journal(connection, check_ins=False):
+        if isinstance(record, UpdateStored):
+            journalled.append((record.round_id, record.device))
+        elif isinstance(record, RoundFrozen):
+            accepted[record.round_id] = record.accepted
     for row in rounds:
         updates = queries.updates(connection, row.round_id)
         for update in updates:
             yield from _check_outcome(update, row.phase, versions.get(row.round_id))
+            if update.outcome is Outcome.AGGREGATED and update.device not in accepted.get(row.round_id, ()):
+                yield f"{update.device}'s update of {row.round_id} is aggregated and was not accepted"
         if row.accepted is not None and row.accepted > len(updates):
             yield f"round {row.round_id} accepted {row.accepted} of {len(updates)} stored updates"
-    journalled = [
-        (record.round_id, record.device)
-        for record in recovery.read_journal(connection, check_ins=False)
-        if isinstance(record, UpdateStored)
-    ]
     if len(journalled) != len(set(journalled)) or len(journalled) != sum(row.stored for row in rounds):
         yield "the stored updates are not those of the journal, each once"
 

@@ -72,6 +72,8 @@ def open(folder: Path, entropy: Entropy = os.urandom) -> Registrar:
     """The registrar of a folder made by ``create``. Raises RegistrarError."""
     if not folder.is_dir():
         raise RegistrarError(f"there is no registrar in {folder}: make one with `aggregator init`")
+    if (inside := folder / "registrar").is_dir() and not (folder / files.ROOT_KEY).exists():
+        raise RegistrarError(f"there is no registrar in {folder} itself: did you mean {inside}?")
     root = SigningKey(files.read_key(folder / files.ROOT_KEY))
     sealing = SealingPrivateKey(files.read_key(folder / files.SEALING_KEY))
     if not (folder / files.DATABASE).is_file():

@@ -119,14 +119,17 @@ def read_secret(path: Path) -> bytes:
     return content
 
 
-def check_writable(path: Path, *, force: bool) -> bool:
-    """Whether the folder holds something. Raises RegistrarError if it does and ``force`` is not set."""
+def check_writable(path: Path, *, force: bool, otherwise: str = "") -> bool:
+    """Whether the folder holds something. Raises RegistrarError if it does and ``force`` is not set.
+
+    otherwise: what else helps than a new folder.
+    """
     try:
         used = path.exists() and any(path.iterdir())
     except OSError as error:
         raise RegistrarError(f"{path} is no folder to write to: {error.strerror}") from error
     if used and not force:
-        raise RegistrarError(f"{path} is not empty: choose a new folder, or --force if the command has it")
+        raise RegistrarError(f"{path} is not empty: choose a new folder{otherwise}")
     return used
 
 
@@ -137,7 +140,7 @@ def write_folder(path: Path, files: Mapping[str, bytes], *, force: bool = False)
     """
     path = path.resolve()  # "." has no name to put a suffix to
     used = check_writable(path, force=force)
-    target = path if used else path.with_name(path.name + ".new")
+    target = path if used else path.with_name(f".{path.name}.partial")
     try:
         if not used:
             shutil.rmtree(target, ignore_errors=True)  # left by a crash

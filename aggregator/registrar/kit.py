@@ -83,7 +83,7 @@ cert_file = "client.crt"
 key_file = "client.key"
 
 [data]
-# Your samples: a file of numpy.savez with the arrays x and y, or "python:module:function".
+# Your samples: a file of numpy.savez with the arrays x and y. A folder, CSV, SQLite, a function: see there.
 source = "train.npz"
 """
 

@@ -48,12 +48,17 @@ def signer(federation: FederationId, root: SigningKey) -> Sign:
 
 
 def void(rows: Transaction, name: str, now: int) -> Revoked:
-    """Certificate, TLS certificates and unused tokens of this name, as far as they are in force."""
+    """Certificate, TLS certificates and unused tokens of this name, as far as they are in force.
+
+    With the certificate go those of other names for the same key: whoever lost it lost them too.
+    """
     device = rows.device(DeviceId(name))
     epoch = None
     if device is not None and device.revoked_at is None:
         epoch = epoch_of(device.certificate)
-        rows.add_revocation(device.signing_key, device.device, epoch, now)
+        for row in rows.devices():
+            if row.signing_key == device.signing_key and row.revoked_at is None:
+                rows.add_revocation(row.signing_key, row.device, epoch_of(row.certificate), now)
     return Revoked(epoch, rows.revoke_tls(name, now), rows.expire_tokens(DeviceId(name), now))
 
 

@@ -53,7 +53,7 @@ _revocations = sa.Table(
     "revocations",
     _metadata,
     sa.Column("signing_key", sa.LargeBinary, primary_key=True),  # Ed25519 public; never certified again
-    sa.Column("device", sa.String, nullable=False),
+    sa.Column("device", sa.String, primary_key=True),  # a key may have been certified under two names
     sa.Column("epoch", sa.Integer, nullable=False),
     sa.Column("revoked_at", sa.Integer, nullable=False),  # Unix seconds
 )
@@ -262,7 +262,10 @@ class Transaction:
 
 
 _DEVICES = sa.select(_devices, _revocations.c.revoked_at).join_from(
-    _devices, _revocations, _devices.c.signing_key == _revocations.c.signing_key, isouter=True
+    _devices,
+    _revocations,
+    (_devices.c.signing_key == _revocations.c.signing_key) & (_devices.c.device == _revocations.c.device),
+    isouter=True,
 )
 
 

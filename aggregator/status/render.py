@@ -28,8 +28,12 @@ def render(document: Document, console: Console | None = None) -> None:
         f"[bold]{document['federation']}[/bold]  version {document['version']}, {document['state']}, "
         f"{published} rounds published, {aborted} aborted; state in {document['folder']}"
     )
-    console.print(rounds_table(document, SHOWN_ROUNDS, title="newest rounds"))
-    console.print(devices_table(document, title="devices"))
+    if document["rounds"]:
+        console.print(rounds_table(document, SHOWN_ROUNDS, title="newest rounds"))
+    if document["devices"]:
+        console.print(devices_table(document, title="devices"))
+    else:
+        console.print("no device has checked in yet: they enrol, then `edge-runtime run`")
     for name, values in metrics_of(document).items():
         known = [value for value in values if value is not None]
         if known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -104,20 +105,26 @@ class VersionStore:
     def prune(self, newest: int) -> tuple[int, ...]:
         """Remove the versions before the last ``keep``; the ledger goes on knowing them. Gives their numbers.
 
-        Killed half-way, the next call finishes it: a version's folder goes out of the way whole.
+        Killed half-way, the next call finishes it: a version's folder goes out of the way whole. What the system
+        does not let us remove stays until then too: room is no reason to stop rounds.
         """
         if self._keep == 0:
             return ()
         for left in self._folder.glob(f"{_REMOVED}*"):
-            shutil.rmtree(left)
-        old = [
-            path
-            for path in self._folder.iterdir()
-            if path.name.isdecimal() and int(path.name) <= newest - self._keep
-        ]
-        for path in old:
-            shutil.rmtree(path.rename(path.with_name(f"{_REMOVED}{path.name}")))
-        return tuple(sorted(int(path.name) for path in old))
+            shutil.rmtree(left, ignore_errors=True)
+        old = self.kept(newest - self._keep)
+        for version in old:
+            path = self.path(version)
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path.rename(path.with_name(f"{_REMOVED}{path.name}")))
+        return old
+
+    def kept(self, newest: int) -> tuple[int, ...]:
+        """The versions up to this one that are on disk."""
+        found = ((int(path.name), path) for path in self._folder.iterdir() if path.name.isdecimal())
+        return tuple(
+            sorted(version for version, path in found if version <= newest and path == self.path(version))
+        )
 
     def _check_kept(self, version: int) -> None:
         if version > 0 and not self.path(version).exists():

@@ -111,7 +111,9 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
         with zipfile.ZipFile(path) as archive:
             yield archive
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error} (see data.source)") from error
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror or error}; correct the path in the settings"
+        ) from error
     except _BAD_ARCHIVE as error:
         raise DataError(f"{path}: damaged, or not an .npz file: {error}") from error
 

@@ -134,4 +134,6 @@ def data(config: DataConfig, state_folder: Path) -> Check:
         dataset = load_dataset(config.origin, manifest, max_bytes=config.max_bytes)
     except DataError as error:
         return problem("data", str(error), DataError.remedy)
+    except OSError as error:
+        return problem("data", f"{config.origin}: {error.strerror}", "check the path and its permissions")
     return good("data", f"{config.origin}: {dataset.samples} samples, which fit the model {manifest.name!r}")

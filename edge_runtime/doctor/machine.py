@@ -56,7 +56,7 @@ class Machine:
 def look(folder: Path, root: Path = Path("/")) -> Machine:
     """This machine; ``folder``: the state folder, which need not exist. Never raises."""
     place = folder
-    while not place.exists() and place != place.parent:
+    while not _is_there(place) and place != place.parent:
         place = place.parent
     try:
         found = folder.stat() if folder.is_dir() else None
@@ -182,6 +182,13 @@ def _power(found: Machine) -> Check:
 
 
 # ---- reading ----------------------------------------------------------------------------------------
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # behind a folder that is closed to this user
+        return False
 
 
 def _newest_file(folder: Path) -> float | None:

@@ -5,13 +5,14 @@ Only a saving of time: what is damaged, or of another round, model, order of bat
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_runtime.protocol.ids import Digest
 from edge_runtime.store import records
-from edge_runtime.store.files import FileLayer
+from edge_runtime.store.files import TEMPORARY_SUFFIX, FileLayer
 from edge_runtime.store.records import DamagedFileError
 
 _KIND = "checkpoint"
@@ -40,13 +41,22 @@ class Checkpoints:
         self._held = {Digest(bytes.fromhex(name)) for name in names if _HEX.fullmatch(name)}
 
     def put(self, manifest: Digest, binding: Digest, saved: SavedCheckpoint) -> None:
-        """Durable when this returns; cut off before, the one before it is still there."""
+        """Durable when this returns; cut off before, the one before it is still there.
+
+        OSError passes through, and leaves nothing behind that fills the disk further.
+        """
         header = {
             "manifest": manifest.hex(),
             "binding": binding.hex(),
             "trained_ms": max(round(saved.trained_s * 1000), 0),
         }
-        self._files.replace(self._path(manifest), records.encode(_KIND, header, [saved.content]))
+        path = self._path(manifest)
+        try:
+            self._files.replace(path, records.encode(_KIND, header, [saved.content]))
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._files.remove(path.with_name(path.name + TEMPORARY_SUFFIX))
+            raise
         self._held.add(manifest)
 
     def get(self, manifest: Digest, binding: Digest) -> SavedCheckpoint | None:

@@ -50,9 +50,8 @@ def parse_broker_url(
     except ValueError as error:
         raise TransportError(f"the broker URL has a bad host or port ({_FORM})") from error
     if parts.scheme not in _DEFAULT_PORT:
-        raise TransportError(
-            f"a broker URL begins with mqtt:// or mqtts://, not {parts.scheme[:20]!r} ({_FORM})"
-        )
+        instead = f", not {parts.scheme[:20]!r}" if parts.scheme else ""
+        raise TransportError(f"a broker URL begins with mqtt:// or mqtts://{instead} ({_FORM})")
     if not parts.hostname:
         raise TransportError(f"the broker URL names no host ({_FORM})")
     if port == 0:

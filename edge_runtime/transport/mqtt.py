@@ -37,6 +37,7 @@ from edge_runtime.transport.base import (
 from edge_runtime.transport.mqtt_connection import (
     FAREWELL_S,
     FINAL,
+    NAME_UNKNOWN,
     WRONG_VERSION,
     Connection,
     MqttOptions,
@@ -89,11 +90,12 @@ class MqttTransport:
                 return
         self._stop()
         address = self.options.address
-        remedy = (
-            "check the user name, the password or certificate, and the broker's ACLs"
-            if final
-            else "is the broker running there and not behind a firewall? (`aggregator broker` starts one)"
-        )
+        if final:
+            remedy = "check the user name, the password or certificate, and the broker's ACLs"
+        elif reason == NAME_UNKNOWN:
+            remedy = "check the spelling of the URL, and the DNS of this network"
+        else:
+            remedy = "is the broker running there and not behind a firewall? (`aggregator broker` starts one)"
         if address.tls is not None and not final:  # a broker that wants another certificate just hangs up
             remedy += ", and does it take our certificate: not missing, expired or revoked?"
         raise BrokerUnreachable(address.host, address.port, reason, remedy)

@@ -26,6 +26,7 @@ from edge_runtime.transport.base import Counters, Event, NotConnected, Received,
 log = logging.getLogger(__name__)
 
 FAREWELL_S = 2.0
+NAME_UNKNOWN = "the host name is unknown"
 # Refusals that no retry mends (MQTT 5.0, 3.2.2.2; paho translates those of 3.1.1 to the same names).
 FINAL = {"Bad user name or password", "Not authorized", "Client identifier not valid", "Banned"}
 # How a broker that speaks only the other version answers CONNECT.
@@ -72,6 +73,39 @@ class Shared:
     closing: threading.Event = field(default_factory=threading.Event)
 
 
+def new_client(options: MqttOptions, *, v5: bool) -> paho.Client:
+    """A client for one connection: it acknowledges by hand, queues nothing and never reconnects by itself."""
+    client = paho.Client(
+        CallbackAPIVersion.VERSION2,
+        client_id=options.client_id,
+        protocol=MQTTProtocolVersion.MQTTv5 if v5 else MQTTProtocolVersion.MQTTv311,
+        clean_session=None if v5 else False,
+        manual_ack=True,
+        reconnect_on_failure=False,
+    )
+    client.connect_timeout = options.connect_timeout_s
+    client.max_inflight_messages_set(0)  # no window of paho's own: ours decides, and never queues
+    if options.address.username is not None:
+        client.username_pw_set(options.address.username, options.address.password)
+    if options.address.tls is not None:
+        client.tls_set_context(options.address.tls)
+    if options.will is not None:
+        client.will_set(options.will.topic, options.will.payload, qos=1, retain=options.will.retain)
+    return client
+
+
+def dial(client: paho.Client, options: MqttOptions, *, v5: bool) -> None:
+    """CONNECT to a session that outlives the connection. Raises OSError, ValueError."""
+    address = options.address
+    if not v5:
+        client.connect(address.host, address.port, options.keepalive_s)
+        return
+    properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+    properties.SessionExpiryInterval = options.session_expiry_s
+    properties.ReceiveMaximum = options.receive_maximum
+    client.connect(address.host, address.port, options.keepalive_s, clean_start=False, properties=properties)
+
+
 class Connection:
     """One TCP connection and its paho client. Counts are guarded by ``shared.changed``."""
 
@@ -94,23 +128,7 @@ class Connection:
         self._client = self._make_client()
 
     def _make_client(self) -> paho.Client:
-        options = self.options
-        client = paho.Client(
-            CallbackAPIVersion.VERSION2,
-            client_id=options.client_id,
-            protocol=MQTTProtocolVersion.MQTTv5 if self._v5 else MQTTProtocolVersion.MQTTv311,
-            clean_session=None if self._v5 else False,
-            manual_ack=True,
-            reconnect_on_failure=False,
-        )
-        client.connect_timeout = options.connect_timeout_s
-        client.max_inflight_messages_set(0)  # no window of paho's own: ours decides, and never queues
-        if options.address.username is not None:
-            client.username_pw_set(options.address.username, options.address.password)
-        if options.address.tls is not None:
-            client.tls_set_context(options.address.tls)
-        if options.will is not None:
-            client.will_set(options.will.topic, options.will.payload, qos=1, retain=options.will.retain)
+        client = new_client(self.options, v5=self._v5)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
@@ -155,19 +173,7 @@ class Connection:
         """Connect and run until the connection ends; returns the reason in words."""
         options, client = self.options, self._client
         try:
-            if self._v5:
-                properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-                properties.SessionExpiryInterval = options.session_expiry_s
-                properties.ReceiveMaximum = options.receive_maximum
-                client.connect(
-                    options.address.host,
-                    options.address.port,
-                    options.keepalive_s,
-                    clean_start=False,
-                    properties=properties,
-                )
-            else:
-                client.connect(options.address.host, options.address.port, options.keepalive_s)
+            dial(client, options, v5=self._v5)
         except (OSError, ValueError) as error:
             return _in_words(error)
         patience_s = min(options.connect_timeout_s, _MUTE_S) if self._v5 else options.connect_timeout_s
@@ -299,7 +305,7 @@ def _in_words(error: OSError | ValueError) -> str:
     if isinstance(error, ssl.SSLError):
         return f"TLS failed ({error.reason or 'unknown'}); does the port speak TLS, and does it want a certificate?"
     if isinstance(error, socket.gaierror):
-        return "the host name is unknown"
+        return NAME_UNKNOWN
     if isinstance(error, TimeoutError):
         return "timed out"
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -40,6 +40,7 @@ def refused(*words: str) -> str:
     return done.err
 
 
+@pytest.mark.long
 def test_build_from_weights_then_check_and_inspect(folder: Path) -> None:
     arrays = {
         "0.weight": np.full((3, 2), 0.25, np.float32),

@@ -133,7 +133,7 @@ def test_a_revoked_device_gets_a_full_kit_again_and_the_list_of_devices_tells_it
     enrol(folder, kit(folder, "kit"))
     kit(folder, "other", "pi-2")
     done = do("revoke", folder, "--device", "pi-1")
-    assert "its certificate (epoch 1), 1 TLS certificates, 0 unused tokens" in done.out
+    assert "its certificate (epoch 1), TLS certificates 1, unused tokens 0" in done.out
     assert str(folder / "revocations") in done.out
     assert str(folder / "tls" / "revoked.crl") in done.out
     lines = {line.split()[0]: line for line in do("devices", folder).out.splitlines()}

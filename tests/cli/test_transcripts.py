@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.support.brokers import ROOT, mosquitto_installed
 from tests.support.transcript import free_port, parse, pattern, play
 
-ROOT = Path(__file__).parents[2]
 TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
 
 
@@ -22,10 +21,9 @@ TRANSCRIPTS = sorted((Path(__file__).parent / "transcripts").glob("*.txt"))
     ],
 )
 def test_the_programs_answer_as_in_the_transcript(path: Path, tmp_path: Path) -> None:
-    if "$BROKER" in path.read_text("utf-8") and not shutil.which("mosquitto", path="/usr/sbin:/usr/bin"):
+    if "& mosquitto" in path.read_text("utf-8") and not mosquitto_installed():
         pytest.skip("needs mosquitto")
-    port = free_port()
-    play(path, tmp_path, EXAMPLES=str(ROOT / "examples"), PORT=str(port), BROKER=f"mqtt://127.0.0.1:{port}")
+    play(path, tmp_path, EXAMPLES=str(ROOT / "examples"), PORT=str(free_port()))
 
 
 def test_there_are_transcripts() -> None:

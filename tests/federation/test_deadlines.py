@@ -66,17 +66,26 @@ def test_two_dead_of_five_do_not_hold_a_round_up_and_too_few_abort_it(tmp_path: 
 
 def test_an_update_after_the_version_is_published_is_late_and_changes_nothing(tmp_path: Path) -> None:
     """Two of three are the goal; the third finds its round published, and takes part in the next."""
+    names = ["device-0", "device-1", "device-2"]
     with federation(
-        tmp_path, samples=(160,) * 3, record=True, gated=["device-2"], round__rounds=2, round__goal=2,
+        tmp_path, samples=(160,) * 3, record=True, gated=names, round__rounds=2, round__goal=2,
         round__minimum=2,
     ) as fed:  # fmt: skip
+        config = str(fed.folder / "aggregator" / "aggregator.toml")
         fed.start()
-        fed.wait_at_gate("device-2")
+        for name in names:
+            fed.wait_at_gate(name)
+        # Were round 2 to open, the third would leave its training for it, and no late update would come.
+        paused = fed.command("aggregator.cli", "pause", "--config", config, "--wait-s", "60")
+        assert paused.stdout == "no new round opens; round 1 ends normally\n"
+        fed.open_gate("device-0")
+        fed.open_gate("device-1")
         fed.aggregator.wait_for("round_published", round=1)
         first = fed.models()[1]
         fed.open_gate("device-2")
-        late = fed.devices["device-2"]
-        late.wait_for("settled", round=1, verdict="late")
+        fed.devices["device-2"].wait_for("settled", round=1, verdict="late")
+        assert fed.models() == {1: first}
+        fed.command("aggregator.cli", "resume", "--config", config, "--wait-s", "60")
         versions = fed.finish()
         status = fed.status()
         eventually(lambda: bool(fed.traffic.receipts("device-2")), "the receipt is recorded")

@@ -53,6 +53,7 @@ def test_a_device_killed_in_mid_upload_sends_the_identical_bytes_once_the_killed
         assert not slow.seen("training_started", run=1, round=1)
 
 
+@pytest.mark.long
 def test_a_device_killed_between_two_pieces_of_its_update_sends_the_identical_bytes_when_it_is_back(
     tmp_path: Path, undisturbed: Undisturbed
 ) -> None:

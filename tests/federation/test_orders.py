@@ -80,3 +80,37 @@ def test_pause_rollback_resume_and_drain_over_a_running_federation_and_a_stopped
         assert order(fed, "resume") == "rounds open again"
         fed.aggregator.close()
         assert fed.status()["invariant_violations"] == []
+
+
+def test_a_revoked_device_is_refused_from_the_next_manifest_and_comes_back_with_a_new_key(
+    tmp_path: Path,
+) -> None:
+    with federation(
+        tmp_path, samples=(120, 130, 140), round__minimum=2, round__patience_s=0.5, round__rounds=1000
+    ) as fed:
+        everybody, others = list(fed.devices), ["device-0", "device-1"]
+        fed.start()
+        fed.aggregator.wait_for("round_published", version=1)
+        revoked = fed.command(
+            *("aggregator.cli", "registrar", "revoke", "--device", "device-2"),
+            *("--folder", str(fed.folder / "aggregator" / "registrar")),
+        )
+        assert revoked.returncode == 0, revoked.stderr
+        assert "certificate (epoch 1)" in revoked.stdout
+        fed.aggregator.wait_for("revocations_taken", number=2, devices=1)
+        fed.aggregator.wait_for("round_opened", cohort=others)
+        fed.aggregator.wait_for("refused", device="device-2", reject="revoked")
+        fed.aggregator.wait_for("round_published", updates=2)
+        events = fed.aggregator.events()
+        (taken,) = [i for i, event in enumerate(events) if event.name == "revocations_taken"]
+        cohorts = [event.fields["cohort"] for event in events[taken:] if event.name == "round_opened"]
+        assert all(cohort == others for cohort in cohorts)
+
+        fed.devices["device-2"].close()
+        fed.enrol_again("device-2")
+        full = len(fed.aggregator.seen("round_opened", cohort=everybody))
+        fed.devices["device-2"].start()
+        back = fed.aggregator.wait_for("round_opened", cohort=everybody, times=full + 1)
+        fed.aggregator.wait_for("update_stored", round=back.fields["round"], device="device-2")
+        fed.aggregator.close()
+        assert fed.status()["invariant_violations"] == []

@@ -13,7 +13,7 @@ from flperftest import cli as perf_cli
 
 from aggregator import cli as aggregator_cli
 from edge_runtime import cli as device_cli
-from edge_runtime.protocol.rounds import Phase
+from edge_runtime.protocol.rounds import MOVES, Phase
 from model_export import cli as export_cli
 
 ROOT = Path(__file__).parents[2]
@@ -86,8 +86,11 @@ def test_every_make_target_that_is_shown_exists() -> None:
         assert set(re.findall(r"\bmake ([a-z-]+)", code)) <= targets, document.name
 
 
-def test_the_picture_of_a_round_shows_every_phase() -> None:
+def test_the_picture_of_a_round_shows_every_phase_and_every_move() -> None:
     picture = (ROOT / "docs" / "images" / "round.svg").read_text("utf-8")
     assert set(re.findall(r'class="(?:phase|stop)".*?<text[^>]*>(\w+)<', picture)) == {
         phase.value for phase in Phase
     }
+    assert sorted(re.findall(r'data-move="(\w+) (\w+)"', picture)) == sorted(
+        (phase.value, after.value) for phase, allowed in MOVES.items() for after in allowed
+    )

@@ -51,6 +51,7 @@ class Uplink(MemoryTransport):
         self.stage = stage
         self.tried = 0
         self.fails_at = 1 << 30
+        self.after_piece: Callable[[], None] = lambda: None
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         if (
@@ -59,6 +60,7 @@ class Uplink(MemoryTransport):
         ):
             self.tried += 1
             self.stage.skew_s += self.stage.piece_s
+            self.after_piece()
             if self.tried >= self.fails_at:
                 raise Congested("nothing is acknowledged")
         super().publish(topic, payload, retain=retain)

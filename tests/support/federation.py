@@ -126,6 +126,17 @@ class Federation:
         with DeviceStore(self.folder / device) as store:
             return store.signing_key(_never)
 
+    def enrol_again(self, device: str) -> None:
+        """A device that does not run gets a new token and, in a new state folder, a new key under its old name."""
+        state_folder = self.folder / f"{device}-again"
+        with _registrar(self.folder / "aggregator" / "registrar", self.broker) as office:
+            _enrol(office, self.broker, state_folder, DeviceId(device))
+        settings = self.folder / f"{device}.toml"
+        found = settings.read_text()
+        settings.write_text(
+            found.replace(f'state_folder = "{device}"', f'state_folder = "{state_folder.name}"')
+        )
+
     def command(self, program: str, *words: str) -> subprocess.CompletedProcess[str]:
         """Run a command line of this project to its end."""
         return subprocess.run(
@@ -247,31 +258,32 @@ def load():
 
 def _enrol_all(folder: Path, broker: BrokerUnderTest, names: Sequence[str]) -> list[EnrolToken]:
     """Through the registrar's own loop and the broker."""
-    tokens = []
     with _registrar(folder / "aggregator" / "registrar", broker) as office:
-        for name in names:
-            token = office.new_token(broker.url, int(time.time()) + 3600, name)
-            tokens.append(token)
-            transport = broker.transport(f"enrol-{name}")
-            transport.open()
-            with DeviceStore(folder / name) as store:
-                key = store.signing_key(lambda: CRYPTO.generate_signing_key(os.urandom(32)))
-                try:
-                    enrolled = enrol(
-                        transport, token, DeviceId(name), key, CRYPTO, os.urandom, time.monotonic, HANG_S
-                    )
-                finally:
-                    transport.close()
-                store.enrol(
-                    Enrolment(
-                        federation=enrolled.federation,
-                        device=DeviceId(name),
-                        broker_url=enrolled.broker_url,
-                        root_key=enrolled.root,
-                        certificate=enrolled.certificate,
-                    )
-                )
-    return tokens
+        return [_enrol(office, broker, folder / name, DeviceId(name)) for name in names]
+
+
+def _enrol(
+    office: registrar.Registrar, broker: BrokerUnderTest, state_folder: Path, device: DeviceId
+) -> EnrolToken:
+    token = office.new_token(broker.url, int(time.time()) + 3600, device)
+    transport = broker.transport(f"enrol-{device}")
+    transport.open()
+    with DeviceStore(state_folder) as store:
+        key = store.signing_key(lambda: CRYPTO.generate_signing_key(os.urandom(32)))
+        try:
+            enrolled = enrol(transport, token, device, key, CRYPTO, os.urandom, time.monotonic, HANG_S)
+        finally:
+            transport.close()
+        store.enrol(
+            Enrolment(
+                federation=enrolled.federation,
+                device=device,
+                broker_url=enrolled.broker_url,
+                root_key=enrolled.root,
+                certificate=enrolled.certificate,
+            )
+        )
+    return token
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def play(path: Path, folder: Path, **variables: str) -> None:
         "HOME": str(folder),
         "LANG": "C.UTF-8",
         "TERM": "dumb",
-        "COLUMNS": "100",
+        "COLUMNS": "200",
         "OMP_NUM_THREADS": "1",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), "/usr/sbin", os.environ["PATH"]]),
         **variables,
@@ -109,16 +109,20 @@ def free_port() -> int:
 
 def _run(where: str, command: Command, folder: Path, environment: dict[str, str]) -> None:
     words = ["bash", "-c", command.text]
-    done = subprocess.run(
-        words,
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=HANG_S,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            words,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=HANG_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        said = (error.stdout or b"").decode(errors="replace")
+        raise AssertionError(f"{where}\n--- does not end; printed\n{said}") from None
     output = done.stdout.decode(errors="replace")
     wanted = "\n".join(command.expected)
     told = f"{where}\n--- printed, exit code {done.returncode} for {command.code}\n{output}\n--- expected\n{wanted}"
@@ -131,7 +135,13 @@ def _run(where: str, command: Command, folder: Path, environment: dict[str, str]
 
 def _wait(where: str, words: str, program: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + HANG_S
-    while words not in (said := log.read_text("utf-8", errors="replace")):
-        if program.poll() is not None or time.monotonic() > deadline:
+    while True:
+        over = (
+            program.poll() is not None or time.monotonic() > deadline
+        )  # before reading: it may say it and end
+        said = log.read_text("utf-8", errors="replace")
+        if words in said:
+            return
+        if over:
             raise AssertionError(f"{where}\n--- the program said\n{said}")
         time.sleep(0.02)

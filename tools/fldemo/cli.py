@@ -26,7 +26,7 @@ from fldemo.workfolder import fresh_folder
 FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
+    add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
 )
 
 

@@ -32,7 +32,7 @@ _SHIPPED = DeliveryConfig()
 _MB = 1_000_000
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
+    add_completion=False, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False
 )
 
 
@@ -110,11 +110,11 @@ def blobs(
     clients that fetch it with the device's own code: they check every piece against the index and compare it with
     the content. The clock runs from the message that tells all clients to begin to the last piece of the last one.
 
-    Read the table so: [bold]last client[/] is what a round waits for; [bold]broker MB[/] is the kernel's mark of
-    its largest resident set, [bold]sockets MB[/] what TCP held in buffers at its highest; CPU is of the delivery
-    alone. [bold]of loopback[/] sets the rate beside a bare TCP connection measured just before: a machine that was
+    Read the table so: **last client** is what a round waits for; **broker MB** is the kernel's mark of
+    its largest resident set, **sockets MB** what TCP held in buffers at its highest; CPU is of the delivery
+    alone. **of loopback** sets the rate beside a bare TCP connection measured just before: a machine that was
     busy shows there. Broker, server and clients share this machine's cores: the figures are of all together.
-    [bold]asked again[/] counts requests after silence, [bold]pieces twice[/] what arrived in vain.
+    **asked again** counts requests after silence, **pieces twice** what arrived in vain.
 
     Ends with code 1 if a client lost its blob; 130: interrupted. Next: `aggregator init --set delivery.KEY=VALUE`
     sets what suits your broker; docs/decisions/0010-blob-delivery.md discusses the figures.

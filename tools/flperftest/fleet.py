@@ -14,12 +14,11 @@ from random import Random
 from typing import Any
 
 import paho.mqtt.client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
+from paho.mqtt.enums import MQTTErrorCode
 
 from edge_runtime.transport.base import full_jitter_s
 from edge_runtime.transport.mqtt import MqttOptions
+from edge_runtime.transport.mqtt_connection import dial, new_client
 
 log = logging.getLogger(__name__)
 
@@ -61,19 +60,7 @@ class FleetClient:
         client = self._client = self._make()
         options = self.options
         try:
-            if self._v5:
-                properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-                properties.SessionExpiryInterval = options.session_expiry_s
-                properties.ReceiveMaximum = options.receive_maximum
-                client.connect(
-                    options.address.host,
-                    options.address.port,
-                    options.keepalive_s,
-                    clean_start=False,
-                    properties=properties,
-                )
-            else:
-                client.connect(options.address.host, options.address.port, options.keepalive_s)
+            dial(client, options, v5=self._v5)
         except OSError as error:
             log.warning("%s: %s", options.client_id, error)
             self._again()
@@ -104,16 +91,7 @@ class FleetClient:
             self._client.disconnect()
 
     def _make(self) -> paho.Client:
-        # A client object for each connection, as the shipped transport does it: nothing is resent behind our back.
-        client = paho.Client(
-            CallbackAPIVersion.VERSION2,
-            client_id=self.options.client_id,
-            protocol=MQTTProtocolVersion.MQTTv5 if self._v5 else MQTTProtocolVersion.MQTTv311,
-            clean_session=None if self._v5 else False,
-            manual_ack=True,
-            reconnect_on_failure=False,
-        )
-        client.connect_timeout = self.options.connect_timeout_s
+        client = new_client(self.options, v5=self._v5)
         client.on_socket_open = self._opened
         client.on_socket_close = self._closed
         client.on_socket_register_write = self._wants_write

@@ -5,7 +5,7 @@ A codec is chosen by name in the plan; ``float32`` and ``int8-block`` are follow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from edge_runtime.protocol.codecs import entropy
@@ -15,7 +15,7 @@ from edge_runtime.protocol.codecs.int8_block import INT8_BLOCK
 from edge_runtime.protocol.errors import RemoteProtocolError
 from edge_runtime.protocol.rejects import Reject
 
-__all__ = ["CODECS", "Codec", "CodecState", "Uniforms", "available", "codec_named"]
+__all__ = ["CODECS", "Codec", "CodecState", "Uniforms", "available", "choose", "codec_named"]
 
 CODECS: Mapping[str, Callable[[], Codec]] = MappingProxyType(
     {
@@ -36,6 +36,15 @@ def codec_named(name: str) -> Codec:
             Reject.UNKNOWN_CODEC, f"{name[:60]!r} is none of {', '.join(available())}, which are usable here"
         )
     return CODECS[name]()
+
+
+def choose(names: Sequence[str]) -> str:
+    """The first of ``names``, best first, that is usable here. Raises RemoteProtocolError: none is."""
+    usable = available()
+    for name in names:
+        if name in usable:
+            return name
+    raise RemoteProtocolError(Reject.UNKNOWN_CODEC, f"no codec of {', '.join(names)} can be used here")
 
 
 def available() -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.access import OWN, Action, Role, rules
+from aggregator.access import OWN, Action, Role, kept_from, rules
 from edge_runtime.protocol import topics
 from edge_runtime.protocol.errors import RemoteProtocolError
 from edge_runtime.protocol.ids import DeviceId, FederationId, device_id
@@ -79,6 +79,18 @@ def test_every_kind_has_one_writing_role_where_it_travels_and_is_named_there(kin
         topic = topics.up_topic(kind, FEDERATION, device)
         assert allowed(Role.DEVICE, Action.WRITE, topic, device)
         assert [role for role in Role if allowed(role, Action.READ, topic, device)] == list(readers)
+
+
+@pytest.mark.parametrize("role", [role for role in Role if role is not Role.DEVICE])
+def test_what_a_role_is_kept_from_takes_nothing_of_its_own_away(role: Role) -> None:
+    kept = kept_from(role, FEDERATION)
+    assert not any(
+        matches(denied, rule.pattern) or matches(rule.pattern, denied)
+        for denied in kept
+        for rule in RULES
+        if rule.role is role and "@" not in denied  # no device has such a name
+    )
+    assert topics.down(FEDERATION, DeviceId(role.value)) in kept
 
 
 @given(st.sampled_from([role for role in Role if role is not Role.DEVICE]))

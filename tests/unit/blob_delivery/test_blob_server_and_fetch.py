@@ -222,6 +222,16 @@ def test_the_first_wave_is_paced_for_all_who_are_expected_though_few_requests_we
     assert _run(server, 1e6)[-1][0] - 1e6 == pytest.approx(2.0, rel=0.1)
 
 
+def test_a_large_wave_waits_a_little_for_those_who_are_expected() -> None:
+    server = _server(gather_s=0.03, bytes_per_s=20_000)
+    ref = server.offer(CONTENT, expected=10)  # 2 s for each
+    server.request(0.0, A, Fetch(digest=ref.digest, wave=True))
+    assert server.wake_at() == pytest.approx(0.05 * 10 * len(CONTENT) / 20_000)
+    for i in range(9):
+        server.request(0.1, DeviceId(f"pi-{i}"), Fetch(digest=ref.digest, wave=True))
+    assert server.wake_at() == 0.1
+
+
 def test_a_wave_starts_at_once_when_all_who_are_expected_have_asked() -> None:
     server = _server(gather_s=0.03)
     ref = server.offer(CONTENT, expected=2)
@@ -238,6 +248,19 @@ def test_after_a_long_rest_the_sender_does_not_make_up_for_it() -> None:
     _run(server, 0.0)
     server.request(1e6, A, Fetch(digest=ref.digest, wave=True))
     assert len(server.due(1e6)) <= 3
+
+
+def test_a_clock_that_is_set_back_holds_nothing_up() -> None:
+    server = _server(gather_s=0.03, bytes_per_s=K)
+    ref = server.offer(CONTENT)
+    server.request(7200.0, A, Fetch(digest=ref.digest, wave=True))
+    sent = len(server.due(7200.5))
+    assert 0 < sent < len(PIECES)
+    assert server.due(3600.0) == []
+    wake_at = server.wake_at()
+    assert wake_at is not None
+    assert 3600.0 < wake_at < 3610.0
+    assert sent + len(_run(server, 3600.0)) == len(PIECES)
 
 
 # ---- the fetch --------------------------------------------------------------------------------------

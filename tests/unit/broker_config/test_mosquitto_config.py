@@ -23,7 +23,7 @@ def test_the_samples_in_deploy_are_what_the_command_writes() -> None:
 
 def test_every_rule_is_a_line_of_the_acl_and_every_line_a_rule() -> None:
     lines = [line for line in acl_text(FEDERATION).splitlines() if line.startswith(("pattern", "topic"))]
-    assert [line.split()[1:] for line in lines] == [
+    assert [line.split()[1:] for line in lines if not line.startswith("topic deny")] == [
         [rule.action.value, rule.pattern] for rule in rules(FEDERATION)
     ]
 

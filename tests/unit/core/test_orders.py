@@ -223,6 +223,11 @@ def test_a_rollback_at_rest_is_a_new_version_and_the_next_round_starts_from_it()
     assert asked.base_version == 3
 
 
+def test_a_rollback_that_makes_the_last_version_says_how_training_goes_on() -> None:
+    shell = ran(*A_ROUND, *A_ROUND, rules=replace(RULES, rounds=3))
+    assert "raise round.rounds" in decided(shell, Rollback(1)).answer
+
+
 def test_a_rollback_aborts_an_open_round_in_the_same_commit() -> None:
     shell = ran(*A_ROUND, GATHER, Pass(0), PREPARE, Send(0))
     decision = decided(shell, Rollback(1))

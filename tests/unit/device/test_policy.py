@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from datetime import datetime, timezone
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import pytest
 
@@ -96,6 +97,25 @@ def test_a_condition_can_be_switched_off(change, permits, name):
 )
 def test_quiet_hours_may_reach_over_midnight_and_their_end_is_not_in_them(hours, quiet):
     assert names(PI, PolicyConfig(quiet_hours=tuple(hours))) == ["quiet hours"] * quiet
+
+
+@pytest.mark.parametrize(
+    ("day", "hours", "minutes"),
+    [
+        ((2026, 3, 28), "22:00-06:30", 450),  # the clock goes from 02:00 to 03:00 in this night
+        ((2026, 10, 24), "22:00-06:30", 570),  # from 03:00 back to 02:00
+        ((2026, 3, 28), "02:00-03:00", 0),
+        ((2026, 10, 24), "02:00-03:00", 120),
+        ((2026, 6, 1), "22:00-06:30", 510),
+    ],
+)
+def test_quiet_hours_follow_the_clock_on_the_wall_when_it_changes(day, hours, minutes):
+    noon = datetime(*day, 12, tzinfo=ZoneInfo("Europe/Berlin")).timestamp()
+    config = PolicyConfig(quiet_hours=(hours,))
+    night = [
+        datetime.fromtimestamp(noon + 60 * minute, ZoneInfo("Europe/Berlin")) for minute in range(24 * 60)
+    ]
+    assert sum(names(PI, config, moment) == ["quiet hours"] for moment in night) == minutes
 
 
 def test_every_violation_tells_the_owner_what_was_read_and_what_to_do():

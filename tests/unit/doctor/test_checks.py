@@ -289,6 +289,15 @@ def test_data_that_are_there_are_good_before_a_model_was_fetched(tmp_path):
 # ---- broker -----------------------------------------------------------------------------------------
 
 
+def test_paths_that_the_system_refuses_are_findings_and_end_nothing(tmp_path):
+    beyond = tmp_path / ("x" * 300)  # as a folder closed to this user: an error, not merely an absence
+    found = data(DataConfig(source=NpzFile(beyond / "train.npz")), tmp_path / "state")
+    assert found.outcome is PROBLEM
+    assert "too long" in found.finding
+    assert "permissions" in found.remedy
+    assert machine.look(beyond).place == tmp_path
+
+
 def test_every_step_up_to_the_obstacle_is_told_and_none_after_it():
     address = BrokerAddress(host="b", port=1883)
     found = Contact(

@@ -9,18 +9,21 @@ import pytest
 
 from aggregator.config import AggregatorConfig, load_aggregator_config
 from aggregator.core.records import RoundAborted, RoundPublished
+from aggregator.engine import MAX_WAITING
 from aggregator.intake import UpdatePiece
 from aggregator.ledger.errors import LedgerInUseError
 from aggregator.ledger.values import Batch, Count, Piece
 from aggregator.round_maker import ArtifactChanged, ChunksTooSmall, OptimizerMissing
 from aggregator.service import Service, open_ledger
 from aggregator.setup import initialise
-from aggregator.work import Work
+from aggregator.work import Outgoing, Work
+from edge_runtime.protocol import topics
 from edge_runtime.protocol.artifact import Artifact
 from edge_runtime.protocol.envelope import Header, pack, unpack
 from edge_runtime.protocol.ids import RoundId, sha256
 from edge_runtime.protocol.kinds import Kind
 from edge_runtime.protocol.manifest import Manifest
+from edge_runtime.protocol.messages import Fetch
 from edge_runtime.protocol.rounds import FederationState, Phase
 from tests.support.engines import FEDERATION, ONE, A, announced, opened, service
 
@@ -72,6 +75,20 @@ def test_a_federation_without_an_open_round_asks_devices_to_check_in(config: Agg
         running.engine.start()
         (manifest,) = announced(running.engine)
         assert (manifest.state, manifest.round_id) == (FederationState.WAITING, RoundId(1, 0))
+
+
+def test_a_broker_that_takes_nothing_is_not_sent_ever_more_pieces(config: AggregatorConfig) -> None:
+    with service(config) as running:
+        engine = running.engine
+        engine.start()
+        engine.outgoing.extend([Outgoing("t", b"")] * (MAX_WAITING - len(engine.outgoing)))
+        ref = engine.blobs.offer(bytes(10_000))
+        engine.blobs.request(engine.clock(), A, Fetch(digest=ref.digest, wave=False, want_index=True))
+        engine.tick()
+        assert len(engine.outgoing) == MAX_WAITING
+        engine.outgoing.clear()
+        engine.tick()
+        assert [message.topic for message in engine.outgoing] == [topics.down(FEDERATION, A)]
 
 
 def test_a_raised_generation_aborts_the_open_round_and_says_so_under_the_new_one(

@@ -275,9 +275,12 @@ def test_only_the_newest_versions_stay_on_disk_and_a_removed_one_is_told_as_such
         make_versions(running, 4)
     keeping = dataclasses.replace(config, versions=VersionsConfig(keep=2))
     (config.folder / "versions" / ".removed-000001").mkdir()  # of a kill in the middle
+    (config.folder / "versions" / "1").mkdir()  # not ours
     with service(keeping) as running:
         running.engine.start()
-        assert sorted(path.name for path in (config.folder / "versions").iterdir()) == ["000003", "000004"]
+        on_disk = sorted(path.name for path in (config.folder / "versions").iterdir())
+        assert on_disk == ["000003", "000004", "1"]
+        assert running.engine.versions.kept(3) == (3,)
         assert [row.version for row in running.engine.ledger.versions()] == [1, 2, 3, 4]
         row = ordered(running, OrderKind.ROLLBACK, "2")
         assert row.obeyed is False
@@ -286,7 +289,7 @@ def test_only_the_newest_versions_stay_on_disk_and_a_removed_one_is_told_as_such
         with pytest.raises(VersionError, match="no longer on disk"):
             running.engine.versions.export(1, tmp_path / "out")
         assert ordered(running, OrderKind.ROLLBACK, "3").obeyed
-        assert sorted(path.name for path in (config.folder / "versions").iterdir()) == ["000004", "000005"]
+        assert running.engine.versions.kept(9) == (4, 5)
         assert ordered(running, OrderKind.ROLLBACK, "0").obeyed
         assert check_invariants(running.engine.ledger) == []
 
@@ -343,6 +346,10 @@ def older(config: AggregatorConfig) -> None:
     publish_list(config, 4)
 
 
+def another_of_its_number(config: AggregatorConfig) -> None:
+    publish_list(config, 5, b=1)
+
+
 def of_another_federation(config: AggregatorConfig) -> None:
     publish_list(config, 6, "other")
 
@@ -364,6 +371,7 @@ def no_hex(config: AggregatorConfig) -> None:
     ("tamper", "complaint"),
     [
         (older, "is list 4; the newer list 5 holds"),
+        (another_of_its_number, "another list 5 than the one taken"),
         (of_another_federation, "not of fed"),
         (forged, "not signed by the root"),
         (no_hex, "no hex"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from aggregator.setup import initialise
 from edge_runtime.backends.artifact_folder import read_artifact_folder
 from edge_runtime.backends.ort import OrtBackend
 from edge_runtime.data import Dataset
+from edge_runtime.protocol.ids import Digest
+from edge_runtime.protocol.tensors import Vector
 from tests.support.brokers import ROOT
 from tests.support.engines import FEDERATION, Said, make_versions, parameters, service
 from tests.support.programs import eventually
@@ -91,7 +94,7 @@ def test_a_diverged_model_has_no_figures_that_are_no_numbers() -> None:
 # ---- the thread and the engine ----------------------------------------------------------------------
 
 
-def test_the_newest_version_and_the_first_are_evaluated_and_a_restart_does_not_repeat_it(
+def test_a_start_evaluates_the_versions_on_disk_that_were_not_and_the_next_does_not_repeat_it(
     config: AggregatorConfig, held_out: Path
 ) -> None:
     with service(config) as running:
@@ -101,8 +104,8 @@ def test_the_newest_version_and_the_first_are_evaluated_and_a_restart_does_not_r
         ledger = running.engine.ledger
         running.engine.start()
         assert running.engine.evaluating
-        until(running, lambda: ledger.evaluation(2) is not None)
-        assert [row.version for row in ledger.evaluations()] == [0, 2]
+        until(running, lambda: not running.engine.evaluating)
+        assert [row.version for row in ledger.evaluations()] == [0, 1, 2]
         row = ledger.evaluation(0)
         assert row is not None
         arrays = np.load(held_out)
@@ -111,7 +114,7 @@ def test_the_newest_version_and_the_first_are_evaluated_and_a_restart_does_not_r
         right = np.argmax(expected.outputs[0], axis=1) == arrays["labels"]
         assert row.samples == SAMPLES
         assert row.metrics == {"loss": pytest.approx(expected.loss, rel=1e-5), "accuracy": np.mean(right)}
-        assert {fields["version"] for fields in said.of("evaluated")} == {0, 2}
+        assert [fields["version"] for fields in said.of("evaluated")] == [0, 2, 1]
     with service(config) as running:
         running.engine.start()
         assert not running.engine.evaluating
@@ -131,6 +134,27 @@ def test_a_version_that_cannot_be_evaluated_is_reported_and_nothing_else_happens
         until(running, lambda: not evaluator.busy)
         assert any(fields["version"] == 7 for fields in said.of("evaluation_failed"))
         assert running.engine.ledger.evaluation(7) is None
+
+
+def test_an_end_while_a_version_is_evaluated_gives_it_up_and_all_that_wait(config: AggregatorConfig) -> None:
+    artifact = read_artifact_folder(ARTIFACT)
+    reading, ending = threading.Event(), threading.Event()
+
+    def read(version: int, digest: Digest) -> Vector:
+        reading.set()
+        ending.wait()
+        return np.zeros(artifact.manifest.parameter_count, np.float32)
+
+    evaluator = Evaluator(config.evaluation, artifact, read)
+    for version in (1, 2, 3):
+        evaluator.submit(version, artifact.manifest.files["params.bin"].sha256)
+    reading.wait()
+    closing = threading.Thread(target=evaluator.close)
+    closing.start()
+    eventually(evaluator._closing.is_set, "the end is asked for")
+    ending.set()
+    closing.join()
+    assert evaluator.results() == []
 
 
 def test_a_model_that_diverged_is_committed_without_its_loss(config: AggregatorConfig) -> None:

@@ -147,6 +147,10 @@ def test_a_commit_survives_kill_9(tmp_path: Path) -> None:
         ("UPDATE updates SET outcome = 'excluded'", "has excluded in a round that is collecting"),
         ("UPDATE rounds SET phase = 'aborted'", "has no outcome in a round that is aborted"),
         ("UPDATE rounds SET phase = 'published'", "round .* is published and has no version"),
+        (
+            "UPDATE updates SET outcome = 'aggregated', version = 1",
+            "a's update of .* is aggregated and was not accepted",
+        ),
         ("UPDATE rounds SET accepted = 2", "accepted 2 of 1 stored"),
         ("DELETE FROM updates", "not those of the journal"),
         ("UPDATE journal SET seq = 7 WHERE seq = 2", "has 2 records, 0 were pruned, and it ends at 7"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 import torch
 
 from aggregator.versions.model_files import parameters_npz, publish_model
@@ -27,6 +28,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.long
 def test_the_committed_artifact_is_what_build_makes_of_the_source_beside_it(tmp_path: Path) -> None:
     shutil.copy(DIGITS / "model.py", tmp_path)  # another folder: no path may get into the bytes
     command = [Path(sys.executable).with_name("model-export"), "build", "model:build", "--name", "digits"]

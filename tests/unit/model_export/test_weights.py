@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +123,42 @@ def test_an_npz_with_a_pickle_inside_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "w.npz", weight=np.array([{}], dtype=object))
     with pytest.raises(WeightsError, match="cannot be read: Object arrays"):
         read_weights(tmp_path / "w.npz")
+
+
+def test_the_names_of_a_tied_tensor_are_told_also_where_the_alias_sorts_first(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.z, self.a = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.a.weight = self.z.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(self.z(x))
+
+    model = check_model(lambda: (Tied(), (torch.randn(3, 4),), torch.arange(3), "cross_entropy"), "net", 0)
+    weights = {"a.weight": np.zeros((4, 4), np.float32), "z.weight": np.ones((4, 4), np.float32)}
+    with pytest.raises(WeightsError, match=r"z\.weight and a\.weight are one tensor"):
+        load_weights(model, weights, "w")
+
+
+def test_an_npz_that_is_an_npy_or_holds_other_files_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "one.npz").open("wb") as file:
+        np.save(file, np.ones(3))
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
+        archive.writestr("first.bias", "hello")
+    with pytest.raises(WeightsError, match="one array without a name"):
+        read_weights(tmp_path / "one.npz")
+    with pytest.raises(WeightsError, match=r"no arrays: first\.bias"):
+        read_weights(tmp_path / "text.npz")
+
+
+def test_damaged_bytes_are_always_a_refusal(tmp_path: Path) -> None:
+    path, random = tmp_path / "w.npz", np.random.default_rng(3)
+    np.savez_compressed(path, a=np.ones((3, 4), np.float32), b=np.arange(5))
+    whole = path.read_bytes()
+    for _ in range(300):
+        raw = bytearray(whole)
+        raw[random.integers(len(raw))] = random.integers(256)
+        path.write_bytes(raw)
+        with contextlib.suppress(WeightsError):
+            assert all(isinstance(value, np.ndarray) for value in read_weights(path).values())

@@ -121,6 +121,18 @@ def test_a_revoked_key_is_never_certified_again_under_no_name(office: Registrar)
     assert enrol(office, OTHER, key(DEVICE)).reject is Reject.REVOKED
 
 
+def test_a_key_that_was_certified_under_two_names_is_revoked_under_both(office: Registrar) -> None:
+    enrol(office)
+    assert enrol(office, OTHER, key(DEVICE)).reject is None
+    assert office.revoke(OTHER, NOW).epoch == 1
+    assert published(office).entries == (
+        Revocation(device=DEVICE, epoch=1),
+        Revocation(device=OTHER, epoch=1),
+    )
+    assert [row.revoked_at for row in office.devices()] == [int(NOW), int(NOW)]
+    assert office.revoke(DEVICE, NOW).nothing
+
+
 def test_an_old_token_confirms_no_revoked_certificate(office: Registrar) -> None:
     token = office.new_token(URL, EXPIRES)
     assert office.answer(NOW, *request(token)) is not None

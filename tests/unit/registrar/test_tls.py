@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from aggregator.registrar import RegistrarError, tls
+from aggregator.registrar.folder import write_folder
 from tests.support.enrolling import NOW
 
 DAY = 86_400
@@ -77,3 +80,17 @@ def test_damaged_or_foreign_files_are_refused(made: tls.Issued) -> None:
 def test_keys_do_not_print(made: tls.Issued, authority: tls.TlsAuthority) -> None:
     assert "PRIVATE" not in repr(made)
     assert "key" not in repr(authority)
+
+
+def test_a_folder_is_written_whole_and_takes_nothing_beside_it_away(tmp_path: Path) -> None:
+    beside, left = tmp_path / "kit.new", tmp_path / ".kit.partial"
+    for folder in (beside, left):  # somebody's, and what a crash has left
+        folder.mkdir()
+        (folder / "client.key").write_text("old")
+    write_folder(tmp_path / "kit", {"client.key": b"new", "ca.crt": b"public"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kit", "kit.new"]
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "kit").iterdir()}
+    assert modes == {"client.key": 0o600, "ca.crt": 0o644}
+    assert (tmp_path / "kit").stat().st_mode & 0o777 == 0o700
+    with pytest.raises(RegistrarError, match="not empty"):
+        write_folder(tmp_path / "kit", {})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from edge_runtime.device.snapshot import Snapshot
 from edge_runtime.protocol.messages import Update
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.rounds import FederationState
+from edge_runtime.store import Checkpoints
+from edge_runtime.store.files import FileLayer
 from tests.support.device_stage import Stage
 
 STEPS = 200
@@ -259,6 +262,28 @@ def test_a_checkpoint_on_other_data_is_not_gone_on_with(stage: Stage, undisturbe
     assert not stage.told("checkpoint_damaged")
 
 
+def test_data_that_do_not_fit_any_more_cost_the_round_and_not_the_device(stage: Stage) -> None:
+    good = (stage.folder / "train.npz").read_bytes()
+
+    def enough() -> bool:
+        match len(turns):
+            case 0 if stage.told("training_started", round=1):
+                turns.append(2)
+                (stage.folder / "train.npz").write_bytes(b"half of a file that is being written")
+                stage.manifest(2, plan=PLAN)
+            case 1 if stage.told("training_failed", round=2):
+                turns.append(3)
+                (stage.folder / "train.npz").write_bytes(good)
+                stage.manifest(3, plan=PLAN)
+        return stage.told("update_journalled", round=3)
+
+    turns: list[int] = []
+    stage.manifest(1, plan=PLAN)
+    stage.run(enough)
+    (failed,) = stage.all_told("training_failed")
+    assert "not an .npz file" in failed["reason"]
+
+
 def test_a_checkpoint_of_a_round_that_is_over_is_gone_when_the_device_is_back(stage: Stage) -> None:
     stage.manifest(1, plan=PLAN)
     stage.run(after_training_began(stage, lambda: True))
@@ -269,3 +294,57 @@ def test_a_checkpoint_of_a_round_that_is_over_is_gone_when_the_device_is_back(st
     assert not stage.told("training_resumed")
     stage.run(lambda: stage.told("update_journalled"))
     assert checkpoints(stage) == []
+
+
+def test_a_device_killed_between_the_journal_and_the_end_of_its_checkpoint_sends_what_it_journalled(
+    stage: Stage, undisturbed: Update, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.settings = "[training]\ncheckpoint_s = 0.1\n"
+    stage.manifest(1, plan=PLAN)
+
+    def killed(self: Checkpoints, manifest: object) -> None:
+        if manifest is None:
+            raise Killed
+
+    def passing() -> bool:
+        stage.skew_s += 0.01
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "keep_only", killed)
+        with pytest.raises(Killed):
+            stage.run(passing)
+    assert len(checkpoints(stage)) == 1
+    assert not stage.updates
+    stage.events.clear()
+    stage.run(lambda: stage.update() is not None)
+    assert stage.update() == undisturbed
+    assert not stage.told("training_started")
+    assert not stage.told("training_resumed")
+    stage.manifest(2, FederationState.WAITING)
+    stage.run(lambda: checkpoints(stage) == [])
+
+
+def test_a_disk_too_full_for_a_checkpoint_is_told_and_the_update_is_made_all_the_same(
+    stage: Stage, undisturbed: Update, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.settings = "[training]\ncheckpoint_s = 5.0\n"
+    stage.manifest(1, plan=PLAN)
+    write = FileLayer.write
+
+    def full(self: FileLayer, path: Path, parts: Sequence[bytes]) -> None:
+        write(self, path, parts)
+        if path.parent.name == "checkpoints":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def passing() -> bool:
+        stage.skew_s += 0.1 * stage.told("training_started")
+        return stage.update() is not None
+
+    monkeypatch.setattr(FileLayer, "write", full)
+    stage.run(passing)
+    failed = stage.all_told("checkpoint_failed")
+    assert len(failed) >= 2
+    assert "No space left" in failed[0]["reason"]
+    assert checkpoints(stage) == []
+    assert stage.update() == undisturbed

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+from edge_runtime.backends.artifact_folder import folder_bundle
+from edge_runtime.device.snapshot import Snapshot
+from edge_runtime.protocol.artifact import Artifact, FileEntry
+from edge_runtime.protocol.ids import sha256
 from edge_runtime.protocol.plan import Plan
 from edge_runtime.protocol.rounds import FederationState
-from tests.support.device_stage import BUNDLE, MODEL, Stage
+from tests.support.device_stage import ARTIFACT, BUNDLE, MODEL, Stage
 
 # ---- artifacts --------------------------------------------------------------------------------------
 
@@ -45,6 +52,34 @@ def test_a_model_of_the_wrong_size_costs_its_round_and_not_the_artifact(stage: S
     stage.run(lambda: stage.told("training_started", round=2))
     assert stage.fetched.count(artifact) == 1
     assert not stage.told("artifact_lost")
+
+
+def artifact_with(graph: bytes, **changes: Any) -> bytes:
+    """Its step for SGD is ``graph``; by its digests it is whole."""
+    files = {**ARTIFACT.files, "step_sgd.onnx": graph}
+    entries = {name: FileEntry(sha256(content), len(content)) for name, content in files.items()}
+    return folder_bundle(Artifact(replace(ARTIFACT.manifest, files=entries, **changes), files))
+
+
+def test_an_artifact_that_the_backend_cannot_run_costs_its_round_and_not_the_device(stage: Stage) -> None:
+    too_new = artifact_with(ARTIFACT.files["step_sgd.onnx"], opset=99)
+    fails_at_the_first_step = artifact_with(b"no graph")
+    for number, bundle in enumerate((too_new, fails_at_the_first_step), start=1):
+        stage.manifest(number, artifact=bundle)
+        stage.run(lambda number=number: stage.told("training_failed", round=number))
+    reasons = [told["reason"] for told in stage.all_told("training_failed")]
+    assert "opset 99" in reasons[0]
+    assert "cannot load step_sgd.onnx" in reasons[1]
+    assert stage.told("training_started", round=2)
+    stage.manifest(3)
+    stage.run(lambda: stage.told("update_journalled", round=3))
+
+
+def test_a_plan_without_a_codec_for_this_machine_costs_its_round(stage: Stage) -> None:
+    stage.manifest(1, plan=Plan(codecs=("from-tomorrow",)))
+    stage.run(lambda: stage.told("training_failed", round=1))
+    (told,) = stage.all_told("training_failed")
+    assert "no codec of from-tomorrow can be used here" in told["reason"]
 
 
 # ---- stopping ---------------------------------------------------------------------------------------
@@ -125,3 +160,24 @@ def test_after_a_piece_that_cannot_be_sent_the_others_are_not_tried(stage: Stage
     stage.run(look)
     assert polls == [2, 2, 2]
     assert len(stage.updates) == 1
+
+
+def test_an_upload_stops_when_the_network_becomes_metered_and_goes_on_when_it_is_not(stage: Stage) -> None:
+    stage.manifest(1, chunk_bytes=8192)
+    uplink, polls, pieces = stage.uplink, [], len(MODEL) // 8192 + 1
+    stage.piece_s = 1.0  # the machine is looked at between two pieces
+    uplink.after_piece = lambda: setattr(stage, "machine", Snapshot(charging=True, metered=True))
+
+    def look() -> bool:
+        if stage.told("ineligible", reasons="metered"):
+            polls.append(uplink.tried)
+            uplink.after_piece = lambda: None
+            stage.skew_s += 1.0
+            stage.manifest(1, chunk_bytes=8192)
+        if len(polls) == 50:
+            stage.machine = Snapshot(charging=True)
+        return stage.update() is not None
+
+    stage.run(look)
+    assert pieces > 1
+    assert set(polls[:50]) == {1}
