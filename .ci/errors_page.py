@@ -31,7 +31,7 @@ ends with
 | exit code | meaning | what to do |
 |---|---|---|
 | 1 | an error of the tables below, or a check that failed (`doctor`, `check`, `--verify`) | as its row says |
-| 1 | an option has a value that does not fit the others or the files (`FleetgradError` itself) | as the line says |
+| 1 | an option has a value that does not fit the others or the files (`OptionError`) | as the line says |
 | 2 | the command line is not understood: an option is missing, unknown or out of range | `--help` of that command |
 
 The tables say for each kind of error whose it is to mend. What a stranger sends is never an error of the program

@@ -15,8 +15,7 @@ import typer
 from aggregator.commands.broker import broker_config_app
 from aggregator.commands.orders import register as register_orders
 from aggregator.commands.registrar import BrokerUrl, RegistrarFolder, checked_expiry_h, registrar_app
-from edge_runtime.command_line import run_program, stopped_by_signal, tee
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.command_line import OptionError, run_program, stopped_by_signal, tee
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -160,7 +159,7 @@ def status(
 
     settings = load_aggregator_config(config)
     if live and (as_json or verify):
-        raise FleetgradError("--watch shows what happens: take --json and --verify without it")
+        raise OptionError("--watch shows what happens: take --json and --verify without it")
     if live:
         watch_ledger(settings, interval_s=interval_s, should_stop=stopped_by_signal())
         return
@@ -192,9 +191,9 @@ def export_model(
         ledger.close()
     wanted = version if version is not None else max(known, default=0)
     if not known:
-        raise FleetgradError("no version is published yet: `aggregator status` shows how far the round is")
+        raise OptionError("no version is published yet: `aggregator status` shows how far the round is")
     if wanted not in known:
-        raise FleetgradError(f"there is no version {wanted}; the newest is {max(known)}")
+        raise OptionError(f"there is no version {wanted}; the newest is {max(known)}")
     for path in open_versions(loaded).export(wanted, out):
         typer.echo(str(path))
 

@@ -29,8 +29,8 @@ from aggregator.files import make_private_folder, write_atomic
 from aggregator.plan_presets import DEFAULT, PRESETS, with_preset
 from aggregator.registrar.folder import REVOCATIONS
 from edge_runtime.backends.artifact_folder import read_artifact_folder
+from edge_runtime.command_line import OptionError
 from edge_runtime.protocol.crypto.provider import CRYPTO
-from edge_runtime.protocol.errors import FleetgradError
 from edge_runtime.protocol.plan import OPTIMIZERS
 from edge_runtime.protocol.schedules import SHAPES, Schedule
 from edge_runtime.settings import BadSetting
@@ -139,7 +139,7 @@ def initialise(
     FleetgradError for a folder that is in use; nothing is left behind then.
     """
     if folder.exists() and any(folder.iterdir()):
-        raise FleetgradError(
+        raise OptionError(
             f"{folder} is not empty: choose a new folder, or remove it if nothing in it is needed"
         )
     read_artifact_folder(artifact)  # a bad artifact is told before any key is made
@@ -190,7 +190,7 @@ def _fill(
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise FleetgradError(f"the settings of --set make no TOML file together: {error}") from error
+        raise OptionError(f"the settings of --set make no TOML file together: {error}") from error
     aggregator_config(document, path)
     write_atomic(path, text.encode())
     return path
@@ -260,7 +260,7 @@ def _setting(text: str) -> tuple[str, str, str]:
     name, equals, value = text.partition("=")
     section, _, key = name.strip().rpartition(".")
     if not equals or not all(word.isidentifier() for word in name.strip().split(".")):
-        raise FleetgradError(f"--set takes section.key=value, not {text[:80]!r}")
+        raise OptionError(f"--set takes section.key=value, not {text[:80]!r}")
     value = value.strip()
     try:
         is_toml = tomllib.loads(f"x = {value}").keys() == {"x"}  # one value, and no line of its own after it

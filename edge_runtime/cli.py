@@ -13,13 +13,20 @@ from typing import Annotated
 
 import typer
 
-from edge_runtime.command_line import FAILED, json_report, run_program, stopped_by_signal, text_report
+from edge_runtime.command_line import (
+    FAILED,
+    OptionError,
+    json_report,
+    parsed,
+    run_program,
+    stopped_by_signal,
+    text_report,
+)
 from edge_runtime.config import DeviceConfig, load_device_config, read_seed_file
 from edge_runtime.protocol import topics
 from edge_runtime.protocol.crypto.provider import CRYPTO
 from edge_runtime.protocol.enrol_token import EnrolToken
-from edge_runtime.protocol.errors import FleetgradError, RemoteProtocolError
-from edge_runtime.protocol.ids import DeviceId, device_id
+from edge_runtime.protocol.ids import device_id
 from edge_runtime.store import DeviceStore, Enrolment
 from edge_runtime.transport.base import Will
 from edge_runtime.transport.mqtt import MqttOptions, MqttTransport
@@ -59,7 +66,7 @@ def enroll(
 
     settings = load_device_config(config)
     token = EnrolToken.parse(_read_token(token_file))
-    name = _device(device)
+    name = parsed(device_id, device)
     with DeviceStore(settings.state_folder) as store:
         key = store.signing_key(lambda: CRYPTO.generate_signing_key(os.urandom(32)))
         options = MqttOptions(
@@ -222,18 +229,11 @@ def _seed(settings: DeviceConfig, store: DeviceStore) -> bytes:
     return read_seed_file(file) if file is not None else store.seed(os.urandom)
 
 
-def _device(name: str) -> DeviceId:
-    try:
-        return device_id(name)
-    except RemoteProtocolError as error:
-        raise FleetgradError(error.detail) from None
-
-
 def _read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8", errors="replace")
     except OSError as error:
-        raise FleetgradError(
+        raise OptionError(
             f"{path} cannot be read: {error.strerror}; name the file that holds the token, or - for the terminal"
         ) from error
 

@@ -7,11 +7,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.protocol.errors import Fault, FleetgradError, RemoteProtocolError
 
 FAILED = 1
+T = TypeVar("T")
 # The extra that each program needs.
 _EXTRAS = {
     "edge-runtime": "device",
@@ -21,6 +22,14 @@ _EXTRAS = {
     "flperftest": "tools",
 }
 _OURS = ("edge_runtime", "aggregator", "model_export", "fldemo", "flperftest")
+
+
+class OptionError(
+    FleetgradError, fault=Fault.ENGINEER, remedy="follow the line: it names the option and what is allowed"
+):
+    """An option or argument of a command that does not fit the others, the files or what is there."""
+
+
 Report = Callable[..., None]
 """``report(event, **fields)``: what is happening."""
 
@@ -49,6 +58,14 @@ def stopped_by_signal() -> Callable[[], bool]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda got, _: caught.append(got))
     return lambda: bool(caught)
+
+
+def parsed(parse: Callable[[str], T], text: str) -> T:
+    """``parse(text)`` of an option. Raises OptionError for what a peer would be refused for."""
+    try:
+        return parse(text)
+    except RemoteProtocolError as error:
+        raise OptionError(error.detail) from None
 
 
 def printable(text: str) -> str:

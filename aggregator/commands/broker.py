@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from edge_runtime.protocol.errors import FleetgradError, RemoteProtocolError
-from edge_runtime.protocol.ids import FederationId, federation_id
+from edge_runtime.command_line import OptionError, parsed
+from edge_runtime.protocol.ids import federation_id
 
 broker_config_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -62,16 +62,12 @@ def broker_config_mosquitto(
         if port is None and url is not None and url.startswith("mqtts:"):
             port = parse_broker_url(url).port
         if name != loaded.federation:
-            raise FleetgradError(
-                f"--federation {name}, but {config} is of {loaded.federation}: leave one out"
-            )
+            raise OptionError(f"--federation {name}, but {config} is of {loaded.federation}: leave one out")
     if name is None:
-        raise FleetgradError(
-            "name the federation with --federation, or the aggregator's settings with --config"
-        )
+        raise OptionError("name the federation with --federation, or the aggregator's settings with --config")
     written, missing = write_config(
         out,
-        _federation(name),
+        parsed(federation_id, name),
         path=path,
         port=_TLS_PORT if port is None else port,
         bind=bind,
@@ -84,10 +80,3 @@ def broker_config_mosquitto(
             "(`aggregator registrar tls` makes them; with --force where some are there)"
         )
     typer.echo(f"next: mosquitto -c {written if path is None else path / written.name}")
-
-
-def _federation(name: str) -> FederationId:
-    try:
-        return federation_id(name)
-    except RemoteProtocolError as error:
-        raise FleetgradError(error.detail) from None

@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 from aggregator.ledger.values import OrderKind
+from edge_runtime.command_line import parsed
+from edge_runtime.protocol.ids import device_id
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The file that `aggregator init` wrote.")]
 Device = Annotated[
@@ -61,12 +63,12 @@ def evict(device: Device, config: ConfigFile, wait_s: WaitSeconds = PATIENCE_S) 
     Versions that its updates are in stay: see `aggregator rollback`. Next: `aggregator readmit` undoes it;
     `aggregator registrar revoke` takes its certificate back for good.
     """
-    _order(config, OrderKind.EVICT, device, wait_s)
+    _order(config, OrderKind.EVICT, parsed(device_id, device), wait_s)
 
 
 def readmit(device: Device, config: ConfigFile, wait_s: WaitSeconds = PATIENCE_S) -> None:
     """Undo `aggregator evict`: the device may check in again. Its update of a round still open counts again."""
-    _order(config, OrderKind.READMIT, device, wait_s)
+    _order(config, OrderKind.READMIT, parsed(device_id, device), wait_s)
 
 
 def rollback(

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edge_runtime.command_line import stopped_by_signal
-from edge_runtime.protocol.errors import FleetgradError, RemoteProtocolError
+from edge_runtime.command_line import OptionError, parsed, stopped_by_signal
 from edge_runtime.protocol.ids import DeviceId, device_id
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ DEFAULT_DAYS = 730
 def checked_expiry_h(expires_h: float) -> float:
     """Hours for which a token is good. Raises FleetgradError."""
     if not 0 < expires_h <= MAX_EXPIRES_H:
-        raise FleetgradError(f"--expires-h {expires_h:g}: more than 0 and at most {MAX_EXPIRES_H} hours")
+        raise OptionError(f"--expires-h {expires_h:g}: more than 0 and at most {MAX_EXPIRES_H} hours")
     return expires_h
 
 
@@ -174,7 +173,7 @@ def registrar_kit(
     now = time.time()
     with _opened(folder) as authority:
         check_writable(out, force=False)
-        files = kit.device_kit(authority, _device(device), broker, now, days, int(now + lifetime_s))
+        files = kit.device_kit(authority, parsed(device_id, device), broker, now, days, int(now + lifetime_s))
         write_folder(out, files)
     secret = "client.key" + (", and token.txt until it is used" if "token.txt" in files else "")
     typer.echo(f"{out} is for {device}; secret in it: {secret}. What to do is in its README.md")
@@ -243,13 +242,6 @@ def _opened(folder: Path) -> Iterator[Registrar]:
         authority.close()
 
 
-def _device(name: str) -> DeviceId:
-    try:
-        return device_id(name)
-    except RemoteProtocolError as error:
-        raise FleetgradError(error.detail) from None
-
-
 def _day(unix_s: int) -> str:
     return time.strftime("%Y-%m-%d", time.gmtime(unix_s))
 
@@ -258,4 +250,4 @@ def _hex_key(text: str) -> bytes:
     try:
         return bytes.fromhex(text)
     except ValueError:
-        raise FleetgradError(f"{text[:80]!r} is no key: 64 hex digits are expected") from None
+        raise OptionError(f"{text[:80]!r} is no key: 64 hex digits are expected") from None

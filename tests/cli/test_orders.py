@@ -130,3 +130,9 @@ def test_the_public_keys_are_those_that_the_registrar_certifies(config: Path, tm
     assert not any(secret in done.out for secret in secrets)
     (config.parent / "keys" / "signing.key").chmod(0o644)
     assert "other users can read it" in refusal(cli.main, "keys", "--config", str(config))
+
+
+def test_a_word_that_can_be_no_device_is_refused_before_it_is_an_order(config: Path, ledger: Ledger) -> None:
+    assert "Kitchen" in refusal(cli.main, *words(config, ["evict", "Kitchen Pi"]))
+    assert ledger.orders(10) == []
+    ledger.close()

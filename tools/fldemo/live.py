@@ -56,7 +56,7 @@ class LiveView:
     def _draw(self) -> None:
         while not self._stop.wait(INTERVAL_S):
             # Before the first round there is no ledger, and while it is made it cannot be read.
-            with contextlib.suppress(FleetgradError):
+            with contextlib.suppress(FleetgradError, OSError):
                 self._draw_ledger()
 
     def _draw_ledger(self) -> None:

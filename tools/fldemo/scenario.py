@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -115,7 +117,10 @@ def sample_passes(rounds: Sequence[Round], samples: dict[str, int], plan: Plan) 
 
 
 def settings(plan: Plan, rounds: int) -> dict[str, str]:
-    """``--set`` of ``aggregator init``: TOML values by dotted key."""
+    """``--set`` of ``aggregator init``: TOML values by dotted key; of the plan what differs from the default."""
+    usual = Plan()
+    if plan.schedule != usual.schedule or plan.scale_bits != usual.scale_bits:
+        raise ValueError("the demo knows no schedules, and the scale follows from the cohort")
     values: dict[str, object] = {
         "round.rounds": rounds,
         "round.cohort": COHORT,
@@ -123,13 +128,10 @@ def settings(plan: Plan, rounds: int) -> dict[str, str]:
         "round.minimum": MINIMUM,
         "round.deadline_s": DEADLINE_S,
         "round.fleet": len(DEVICES),
-        "plan.epochs": plan.epochs,
-        "plan.steps": plan.steps,
-        "plan.batch_size": plan.batch_size,
-        "plan.learning_rate": plan.learning_rate,
-        "plan.momentum": plan.momentum,
-        "plan.max_grad_norm": plan.max_grad_norm,
-        "plan.beta": plan.beta,
-        "plan.sample_cap": plan.sample_cap,
+        **{
+            f"plan.{field.name}": getattr(plan, field.name)
+            for field in dataclasses.fields(plan)
+            if getattr(plan, field.name) != getattr(usual, field.name)
+        },
     }
-    return {key: str(value) for key, value in values.items()}
+    return {key: json.dumps(value) for key, value in values.items()}

@@ -20,9 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from aggregator.config import DeliveryConfig
-from edge_runtime.command_line import run_program
+from edge_runtime.command_line import OptionError, run_program
 from edge_runtime.protocol.chunks import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES
-from edge_runtime.protocol.errors import FleetgradError
 from flperftest import blob_case
 from flperftest.blobs import BlobResult, measure
 from flperftest.report import line, print_table, write_json
@@ -164,7 +163,7 @@ def _scratch(folder: Path | None) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         yield Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=folder))
     except OSError as error:
-        raise FleetgradError(f"cannot use {folder}: {error.strerror}; name another with --folder") from error
+        raise OptionError(f"cannot use {folder}: {error.strerror}; name another with --folder") from error
 
 
 def _one(console: Console, case: blob_case.BlobCase, folder: Path) -> BlobResult:

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from edge_runtime.protocol.errors import FleetgradError
+from edge_runtime.command_line import OptionError
 from flperftest.blobs import BlobResult
 from flperftest.sampling import Usage
 
@@ -71,7 +71,7 @@ def write_json(path: Path, command: str, results: Sequence[BlobResult]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     except OSError as error:
-        raise FleetgradError(f"cannot write {path}: {error.strerror}") from error
+        raise OptionError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _row(runs: list[BlobResult]) -> dict[str, Any]:
