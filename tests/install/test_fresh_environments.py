@@ -20,7 +20,8 @@ MAX_DEVICE_BYTES = 250 * 10**6
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
 NOT_FOR_DEVICES = {"torch", "onnx", "sqlalchemy", "structlog", "sklearn", "scipy", "sympy", "pandas"}
 DEVICE_TESTS = (
-    *("session", "store", "data", "codecs", "config", "protocol", "protocol_crypto", "training", "transport"),
+    *("session", "store", "data", "codecs", "config", "device", "protocol", "protocol_crypto", "training"),
+    "transport",
 )
 DEVICE_LAWS = ("chunks", "codecs", "crypto", "parsers", "session")
 
