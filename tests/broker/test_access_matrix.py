@@ -22,8 +22,9 @@ from edge_runtime.protocol.ids import DeviceId, FederationId, sha256
 from edge_runtime.transport.address import parse_broker_url
 from edge_runtime.transport.base import BrokerUnreachable, Connected, Event, Received, matches
 from edge_runtime.transport.mqtt import MqttTransport
-from tests.support.brokers import PATIENCE_S, Client, SecuredBroker, mosquitto_installed, receive, wait_for
+from tests.support.brokers import PATIENCE_S, mosquitto_installed, receive, wait_for
 from tests.support.enrolling import FEDERATION, new_registrar
+from tests.support.secured_broker import Client, SecuredBroker
 
 pytestmark = pytest.mark.skipif(not mosquitto_installed(), reason="needs mosquitto")
 

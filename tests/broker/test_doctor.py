@@ -23,9 +23,10 @@ from edge_runtime.protocol.rounds import FederationState
 from edge_runtime.store import DeviceStore, Enrolment
 from edge_runtime.transport.address import BrokerAddress, parse_broker_url
 from edge_runtime.transport.base import Connected
-from tests.support.brokers import BrokerUnderTest, SecuredBroker, mosquitto_installed, wait_for
+from tests.support.brokers import BrokerUnderTest, mosquitto_installed, wait_for
 from tests.support.command_line import Done, run
 from tests.support.enrolling import new_registrar
+from tests.support.secured_broker import SecuredBroker
 from tests.support.session_driver import DEVICE, FEDERATION, Aggregator, device_identity
 
 pytestmark = pytest.mark.skipif(not mosquitto_installed(), reason="needs mosquitto")

@@ -11,10 +11,11 @@ import pytest
 
 from aggregator import cli, registrar
 from edge_runtime import cli as device_cli
-from tests.support.brokers import SecuredBroker, mosquitto_installed
+from tests.support.brokers import mosquitto_installed
 from tests.support.command_line import Done, run
 from tests.support.federation import ARTIFACT, device_data
 from tests.support.programs import Program
+from tests.support.secured_broker import SecuredBroker
 
 pytestmark = pytest.mark.skipif(not mosquitto_installed(), reason="needs mosquitto")
 
