@@ -85,15 +85,31 @@ class LoadMeter:
 
 
 def _cgroup_free(root: Path) -> int | None:
-    """What a container's memory limit leaves, the file cache that can be dropped included; None without a limit."""
-    for folder, limit_file, usage_file in (
-        ("sys/fs/cgroup", "memory.max", "memory.current"),
-        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    """What the tightest memory limit leaves of a container, a unit of systemd or a group around it; None without.
+
+    The file cache that can be dropped counts as free. Limits of cgroup v2 and v1 (man 7 cgroups).
+    """
+    left = []
+    for base, controller, limit_file, usage_file in (
+        ("sys/fs/cgroup", "", "memory.max", "memory.current"),
+        ("sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        limit, usage = read_number(root / folder / limit_file), read_number(root / folder / usage_file)
-        if limit is not None and usage is not None:
-            return max(0, limit - usage + _inactive_file(root / folder / "memory.stat"))
-    return None
+        for folder in _groups_of_ours(root, root / base, controller):
+            limit, usage = read_number(folder / limit_file), read_number(folder / usage_file)
+            if limit is not None and usage is not None:
+                left.append(max(0, limit - usage + _inactive_file(folder / "memory.stat")))
+    return min(left, default=None)
+
+
+def _groups_of_ours(root: Path, base: Path, controller: str) -> list[Path]:
+    """The folder of this process's control group and those around it, ``base`` last."""
+    for line in read_text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        parts = [part for part in path.split("/") if part]
+        # In a container the path may lead out of what can be seen here: then only the mounted root counts.
+        if controller in controllers.split(",") and ".." not in parts:
+            return [base.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
+    return [base]
 
 
 def _inactive_file(stat: Path) -> int:

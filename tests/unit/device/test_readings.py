@@ -62,6 +62,37 @@ def test_free_memory_is_the_smaller_of_the_machine_and_the_container(tmp_path):
     assert free_memory_bytes(tmp_path) == 4_096_000
 
 
+def test_the_tightest_limit_of_the_groups_around_this_process_counts(tmp_path):
+    unit = "sys/fs/cgroup/system.slice/fleetgrad.service"
+    tree(
+        tmp_path,
+        **{
+            "proc/self/cgroup": "0::/system.slice/fleetgrad.service\n",
+            "proc/meminfo": "MemAvailable: 4000000 kB\n",
+            f"{unit}/memory.max": "512000000\n",
+            f"{unit}/memory.current": "500000000\n",
+            f"{unit}/memory.stat": "inactive_file 1000000\n",
+            "sys/fs/cgroup/system.slice/memory.max": "max\n",
+            "sys/fs/cgroup/system.slice/memory.current": "900000000\n",
+        },
+    )
+    assert free_memory_bytes(tmp_path) == 13_000_000
+    tree(tmp_path, **{"sys/fs/cgroup/system.slice/memory.max": "905000000\n"})
+    assert free_memory_bytes(tmp_path) == 5_000_000
+
+
+def test_a_group_outside_of_what_a_container_sees_leaves_the_mounted_root(tmp_path):
+    tree(
+        tmp_path,
+        **{
+            "proc/self/cgroup": "5:cpu:/\n4:memory:/../other\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "1000000\n",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "400000\n",
+        },
+    )
+    assert free_memory_bytes(tmp_path) == 600_000
+
+
 def test_the_hottest_plausible_zone_is_the_temperature(tmp_path):
     for zone, text in enumerate(("41500\n", "55250\n", "-274000\n", "")):
         tree(tmp_path, **{f"sys/class/thermal/thermal_zone{zone}/temp": text})
